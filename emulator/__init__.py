@@ -1,1 +1,2 @@
-"""."""
+"""The virtual disk: a graph of block nodes, drivers for image formats, a virtio-blk model, exports, QMP and the
+daemon."""

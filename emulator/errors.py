@@ -10,8 +10,10 @@
     ├── DeviceNotFound        QMP class DeviceNotFound
     └── CommandError          any other QMP class
 
-Failures of guest I/O are not here: they are `OSError` with an ``errno``, because that is what a guest, an NBD client and
-a job's error policy act on. An error says what was tried, on which node or file, and what to do; a text that a QMP client may
+Failures of guest I/O are not here: they are `OSError` with an ``errno``, because that is what a guest, an NBD client
+and
+a job's error policy act on. An error says what was tried, on which node or file, and what to do; a text that a QMP
+client may
 match is QEMU's, word by word.
 """
 
@@ -23,7 +25,8 @@ from typing import ClassVar
 class LiveDiskError(Exception):
     """Root of the tree. ``str(error)`` is the text a person reads and QMP's ``desc``.
 
-    ``qmp_class`` is QMP's error class; ``hint`` an optional next step, printed to people (QEMU prints it on stderr and in HMP) but
+    ``qmp_class`` is QMP's error class; ``hint`` an optional next step, printed to people (QEMU prints it on stderr
+    and in HMP) but
     not part of ``desc``.
     """
 

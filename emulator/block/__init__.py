@@ -1,1 +1,15 @@
-"""."""
+"""The block layer: nodes, edges and permissions, requests in flight, drain, mapping types, the flat map, the I/O
+engine.
+
+    types.py        offsets, segments: how a driver says *where* bytes are
+    permissions.py  what a user of a node needs and tolerates; QEMU's conflict messages
+    driver.py       what an image format or protocol implements; the registry of drivers
+    node.py         a named node and its edges: the one checked way in to a driver
+    backend.py      where requests enter the graph (devices, exports, jobs): quiesce, range checks, the fast path
+    graph.py        all nodes: open, delete, replace, permissions, drain, reopen
+    flatmap.py      a lazily filled cache of the fully resolved chain, which makes depth free
+    hostfile.py     an open host file: inline I/O where it cannot block, threads where it can
+    transaction.py  prepare, then commit or abort, in order
+
+Nothing here knows a driver, a device, an export, QMP or the command line.
+"""

@@ -1,0 +1,188 @@
+"""Where requests enter the graph: the root of a device, an export or a job (QEMU's BlockBackend).
+
+A backend holds the *root* edge to a node. It checks ranges against the node's size, gates requests while the graph is
+drained or the
+backend is held, counts what is in flight (drain waits for that count), and owns the flat map, whose `try_read` and
+`try_write` serve what needs
+none of this.
+
+Quiesce: ``quiesce()`` closes the gate and the fast path at once; ``await idle()`` waits until nothing is in flight;
+``unquiesce()`` opens it.
+Both are counted, so that nested drains work.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import os
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from typing import TYPE_CHECKING
+
+from livedisk.emulator.block.flatmap import FlatMap
+from livedisk.emulator.block.node import Edge, Node
+from livedisk.emulator.block.permissions import Perm
+from livedisk.emulator.block.types import Preallocation, ZeroFlags
+
+if TYPE_CHECKING:
+    from livedisk.emulator.block.graph import Graph
+
+
+class BlockBackend:
+    """One user of the graph. Attach it with ``graph.attach_root``.
+
+    ``description``: as QEMU's messages name it ("block device 'x'", "an unnamed block device"). ``on_resize``,
+    ``on_root_changed``: called after the node's
+    size, or the node itself, changed.
+    """
+
+    def __init__(self, graph: Graph, name: str = "", description: str = "") -> None:
+        self.graph = graph
+        self.name = name
+        self._description = description
+        self.root: Edge | None = None
+        self.on_resize: list[Callable[[], None]] = []
+        self.on_root_changed: list[Callable[[], None]] = []
+        self.fast = FlatMap(self)
+        self.try_read = self.fast.try_read
+        self.try_write = self.fast.try_write
+        self._quiesced = 0
+        self._in_flight = 0
+        self._opened: asyncio.Future[None] | None = None
+        self._emptied: asyncio.Future[None] | None = None
+
+    # -- as an edge's parent -------------------------------------------------------------------------------------------
+    @property
+    def description(self) -> str:
+        if self._description:
+            return self._description
+        return f"block device '{self.name}'" if self.name else "an unnamed block device"
+
+    @property
+    def node(self) -> Node:
+        """The node below. Raises ENOMEDIUM where there is none."""
+        if self.root is None:
+            raise OSError(errno.ENOMEDIUM, os.strerror(errno.ENOMEDIUM))
+        return self.root.node
+
+    @property
+    def size(self) -> int:
+        """Bytes; 0 without a node."""
+        return self.root.node.size if self.root is not None else 0
+
+    def child_replaced(self, edge: Edge) -> None:
+        self.refresh()
+        for callback in list(self.on_root_changed):
+            callback()
+
+    def child_mapping_changed(self, edge: Edge, offset: int, length: int) -> None:
+        self.fast.invalidate(offset, length)
+
+    def refresh(self) -> None:
+        """The graph below changed: forget the flat map and re-decide whether the fast path is open."""
+        self.fast.reset()
+        self.fast.enabled = not self._quiesced and self.root is not None
+
+    # -- the gate --------------------------------------------------------------------------------------------------
+    @property
+    def quiesced(self) -> bool:
+        """Whether new requests wait."""
+        return self._quiesced > 0
+
+    @property
+    def in_flight(self) -> int:
+        """Requests that passed the gate and are not done."""
+        return self._in_flight
+
+    def quiesce(self) -> None:
+        """Let no new request in. Counted."""
+        self._quiesced += 1
+        self.refresh()
+
+    def unquiesce(self) -> None:
+        """Undo one `quiesce`; the last one lets the waiting requests in."""
+        self._quiesced -= 1
+        if self._quiesced == 0:
+            self.refresh()
+            if self._opened is not None:
+                self._opened.set_result(None)
+                self._opened = None
+
+    async def idle(self) -> None:
+        """Wait until no request is in flight."""
+        while self._in_flight:
+            if self._emptied is None:
+                self._emptied = asyncio.get_running_loop().create_future()
+            await asyncio.shield(self._emptied)
+
+    @asynccontextmanager
+    async def _request(self) -> AsyncIterator[Node]:
+        while self._quiesced:
+            if self._opened is None:
+                self._opened = asyncio.get_running_loop().create_future()
+            await asyncio.shield(self._opened)
+        self._in_flight += 1
+        try:
+            yield self.node
+        finally:
+            self._in_flight -= 1
+            if not self._in_flight and self._emptied is not None:
+                self._emptied.set_result(None)
+                self._emptied = None
+
+    def _check(self, node: Node, offset: int, length: int, need: Perm) -> None:
+        if offset < 0 or length < 0 or offset + length > node.size:
+            raise OSError(
+                errno.EIO,
+                f"{os.strerror(errno.EIO)}: [{offset}, {offset + length}) is outside node '{node.name}' ({node.size} bytes)",
+            )
+        assert self.root is not None
+        if need and not self.root.perm & need:
+            raise PermissionError(errno.EPERM, f"{self.description} has no write permission on node '{node.name}'")
+
+    # -- requests; offsets and lengths are bytes
+    # --------------------------------------------------------------------------
+    async def read(self, offset: int, view: memoryview) -> None:
+        """Fill ``view`` from ``offset``."""
+        async with self._request() as node:
+            self._check(node, offset, len(view), Perm.NONE)
+            await node.read(offset, view)
+
+    async def write(self, offset: int, data: memoryview, *, fua: bool = False) -> None:
+        """Write ``data``; with ``fua`` it is on stable storage on return."""
+        async with self._request() as node:
+            self._check(node, offset, len(data), Perm.WRITE | Perm.WRITE_UNCHANGED)
+            await node.write(offset, data, fua=fua)
+
+    async def write_zeroes(
+        self, offset: int, length: int, flags: ZeroFlags = ZeroFlags.NONE, *, fua: bool = False
+    ) -> None:
+        """Zero a range; see `Node.write_zeroes`."""
+        async with self._request() as node:
+            self._check(node, offset, length, Perm.WRITE | Perm.WRITE_UNCHANGED)
+            await node.write_zeroes(offset, length, flags, fua=fua)
+
+    async def discard(self, offset: int, length: int, *, fua: bool = False) -> None:
+        """Drop a range's storage."""
+        async with self._request() as node:
+            self._check(node, offset, length, Perm.WRITE | Perm.WRITE_UNCHANGED)
+            await node.discard(offset, length, fua=fua)
+
+    async def flush(self) -> None:
+        """Put every acknowledged write on stable storage."""
+        async with self._request() as node:
+            if not node.read_only:
+                await node.flush()
+
+    async def truncate(self, size: int, *, exact: bool = True, prealloc: Preallocation = Preallocation.OFF) -> None:
+        """Resize the node to ``size`` bytes. Raises EPERM without the RESIZE permission. The caller has drained."""
+        assert self.root is not None
+        if not self.root.perm & Perm.RESIZE:
+            raise PermissionError(
+                errno.EPERM, f"{self.description} has no resize permission on node '{self.node.name}'"
+            )
+        await self.node.truncate(size, exact=exact, prealloc=prealloc)
+
+    def __repr__(self) -> str:
+        return f"<BlockBackend {self.description}>"

@@ -1,0 +1,209 @@
+"""What an image format, a protocol or a filter implements, and the registry of all of them.
+
+Drivers say where, not how: the central method is the synchronous `Driver.map`. A driver never sees a request that was
+not
+checked by its node (range, read-only, in flight, drain). To add one: derive from `Driver`, write its options class,
+call
+`register` in the module's last line. `emulator/drivers/null.py` is the example to copy.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from livedisk.emulator.block.options import BlockdevOptions
+from livedisk.emulator.block.permissions import Perm, Role, backing_perms, filter_perms, storage_perms
+from livedisk.emulator.block.types import Preallocation, Segment, ZeroFlags
+from livedisk.emulator.errors import BlockError
+
+if TYPE_CHECKING:
+    from livedisk.emulator.block.node import Edge, Node
+
+
+class Driver(ABC):
+    """One node's format, protocol or filter.
+
+    Life: constructed with the node and its typed options (no I/O), then `open` (opens children with
+    ``node.graph.open_child``), serves, then `close`. All coroutines run on the event loop; they may run concurrently,
+    and a driver
+    that needs order between them keeps its own locks. Failures of I/O are `OSError`; refusals are `BlockError`.
+    """
+
+    name: ClassVar[str]
+    Options: ClassVar[type[BlockdevOptions]]
+    is_format: ClassVar[bool] = False
+    """Interprets the content of its file child (qcow2, raw)."""
+    is_filter: ClassVar[bool] = False
+    """Shows its child's content unchanged (throttle, copy-before-write, blkdebug)."""
+    supports_backing: ClassVar[bool] = False
+    request_alignment: int = 1
+    """Smallest offset and length, in bytes, served without a bounce buffer."""
+    map_granularity: int = 0
+    """Bytes that are mapped as one (the cluster or sub-cluster size); 0: the mapping is one straight line."""
+
+    def __init__(self, node: Node, options: Any) -> None:
+        self.node = node
+        self.options = options
+
+    # -- life ------------------------------------------------------------------------------------------------------
+    @abstractmethod
+    async def open(self) -> None:
+        """Open children and read what must be known. Raises BlockError or OSError; what was opened is closed by the
+        node."""
+
+    async def close(self) -> None:
+        """Write back what is cached and release everything but the children (the node releases those). Called once."""
+
+    async def inactivate(self) -> None:
+        """Put everything on the children so that another process may open the image (before a migration's
+        hand-over)."""
+        await self.flush()
+
+    async def activate(self) -> None:
+        """Undo `inactivate`: drop cached metadata and read it anew."""
+
+    # -- where -----------------------------------------------------------------------------------------------------
+    @property
+    @abstractmethod
+    def size(self) -> int:
+        """Bytes that the node shows."""
+
+    @abstractmethod
+    def map(self, offset: int, length: int) -> Segment:
+        """Say where the first bytes of ``[offset, offset+length)`` are; the answer's length is in ``1..length``.
+
+        Synchronous and quick. Raises NotMapped where metadata would have to be read: await `load` and ask again.
+        """
+
+    async def load(self, offset: int, length: int) -> None:
+        """Read the metadata that `map` needs for the start of this range."""
+
+    # -- moving bytes; reads of DATA, ZERO and UNALLOCATED segments never come here
+    # -------------------------------------
+    async def read(self, offset: int, view: memoryview) -> None:
+        """Fill ``view`` from a COMPRESSED or OPAQUE segment that covers it."""
+        raise NotImplementedError(f"driver {self.name} maps all its data")
+
+    async def write(self, offset: int, data: memoryview) -> None:
+        """Write; on return a later read sees the data. ``data`` is only valid until then."""
+        raise OSError(errno.EACCES, os.strerror(errno.EACCES))
+
+    async def write_zeroes(self, offset: int, length: int, flags: ZeroFlags) -> None:
+        """Zero the range. Raises ENOTSUP, having changed nothing, where this driver has no quicker way than writing
+        zeroes; the
+        node then writes them (unless NO_FALLBACK)."""
+        raise OSError(errno.ENOTSUP, os.strerror(errno.ENOTSUP))
+
+    async def discard(self, offset: int, length: int) -> None:
+        """Drop the range's storage; a hint: doing nothing is allowed."""
+
+    async def write_compressed(self, offset: int, data: memoryview) -> None:
+        """Write one cluster compressed. ``offset`` is cluster aligned."""
+        raise OSError(errno.ENOTSUP, os.strerror(errno.ENOTSUP))
+
+    async def flush_metadata(self) -> None:
+        """Write back cached metadata to the children, without syncing them (QEMU's flush-to-os)."""
+
+    async def flush(self) -> None:
+        """Put all acknowledged writes on stable storage: own metadata first, then every child that takes writes."""
+        await self.flush_metadata()
+        for edge in list(self.node.children.values()):
+            if edge.perm & (Perm.WRITE | Perm.WRITE_UNCHANGED):
+                await edge.node.flush()
+
+    async def truncate(self, size: int, *, exact: bool, prealloc: Preallocation) -> None:
+        """Change the size to ``size`` bytes. New bytes read as zeroes. Without ``exact`` a larger result is fine."""
+        raise BlockError("Image format driver does not support resize")
+
+    async def prefetch(self, offset: int, length: int) -> None:
+        """Bring the range into the host's cache (NBD_CMD_CACHE). Default: the generic path reads and drops it."""
+        raise OSError(errno.ENOTSUP, os.strerror(errno.ENOTSUP))
+
+    # -- permissions -----------------------------------------------------------------------------------------------
+    def child_perms(self, edge: Edge, perm: Perm, shared: Perm) -> tuple[Perm, Perm]:
+        """What this node needs from and shares on a child, given what its parents need (``perm``) and share."""
+        if edge.role & Role.FILTERED:
+            return filter_perms(perm, shared)
+        if edge.role & Role.COW:
+            return backing_perms(perm, shared)
+        return storage_perms(edge.role, perm, shared, writable=not self.node.read_only)
+
+    def prepare_perms(self, perm: Perm, shared: Perm) -> None:
+        """The node's cumulative permissions are about to become these: take locks, or raise. Followed by commit or
+        abort."""
+
+    def commit_perms(self, perm: Perm, shared: Perm) -> None:
+        """Keep what `prepare_perms` prepared; drop what is no longer needed."""
+
+    def abort_perms(self) -> None:
+        """Undo `prepare_perms`."""
+
+    # -- reopen (blockdev-reopen) ------------------------------------------------------------------------------------
+    async def reopen_prepare(self, options: Any, *, read_only: bool) -> None:
+        """Check and prepare a change to ``options`` of the same class (all I/O is drained). Raises BlockError naming
+        the option
+        that cannot be changed. Followed by commit or abort."""
+        raise BlockError(f"Block format '{self.name}' used by node '{self.node.name}' does not support reopening files")
+
+    def reopen_commit(self) -> None:
+        """Switch to what was prepared."""
+
+    def reopen_abort(self) -> None:
+        """Drop what was prepared."""
+
+    # -- words -----------------------------------------------------------------------------------------------------
+    @property
+    def filename(self) -> str:
+        """What QEMU calls the exact filename: a path or URI, or "" where there is none of that form."""
+        edge = self.node.children.get("file")
+        return edge.node.driver.filename if edge is not None else ""
+
+    def backing_filename(self) -> str | None:
+        """The backing file name as the image's header has it, or None."""
+        return None
+
+    def backing_format(self) -> str | None:
+        """The backing format as the image's header has it, or None."""
+        return None
+
+    async def change_backing_file(self, filename: str | None, fmt: str | None) -> None:
+        """Rewrite the backing file name (and format) in the image's header."""
+        raise OSError(errno.ENOTSUP, os.strerror(errno.ENOTSUP))
+
+    def cluster_size(self) -> int:
+        """ImageInfo's cluster-size in bytes, or 0."""
+        return 0
+
+    def specific_info(self) -> Mapping[str, Any] | None:
+        """ImageInfo's format-specific member: ``{"type": ..., "data": {...}}``."""
+        return None
+
+    async def allocated_size(self) -> int | None:
+        """Bytes occupied on the host (ImageInfo's actual-size), or None where unknown."""
+        edge = self.node.children.get("file")
+        return await edge.node.driver.allocated_size() if edge is not None else None
+
+
+DRIVERS: dict[str, type[Driver]] = {}
+"""Every known driver by name. Filled by `register`; importing ``livedisk.emulator.drivers`` registers the built-in
+ones."""
+
+
+def register(driver: type[Driver]) -> None:
+    """Make a driver known; the last line of its module. A name can be taken once."""
+    if driver.name in DRIVERS:
+        raise ValueError(f"driver {driver.name!r} is registered twice")
+    DRIVERS[driver.name] = driver
+
+
+def driver_class(name: str) -> type[Driver]:
+    """The driver of that name. Raises BlockError, naming the known ones, if there is none."""
+    try:
+        return DRIVERS[name]
+    except KeyError:
+        known = ", ".join(sorted(DRIVERS))
+        raise BlockError(f"Unknown driver '{name}'", hint=f"Known drivers: {known}") from None

@@ -1,0 +1,376 @@
+"""The flat map: a lazily filled cache of the fully resolved chain, which makes depth free, and the fast path on it.
+
+One entry a granule (the smallest cluster size of the chain, 4 KiB to 2 MiB) says in which host file and where the
+granule's bytes stand, or that it
+reads as zeroes, or that it must take the slow path. Entries are 64-bit words in ``array('Q')`` regions of `REGION`
+granules:
+
+    bits 63..9  host offset (bytes; a multiple of 512)         bits 8..0  code
+    code 0      unknown: resolve                                code 1     reads as zeroes
+    code 2      slow path always (mixed, compressed, opaque)    code 2f+w  file f (2..255); w: may be written in place
+
+It is only a cache of `Driver.map`: whatever changes a mapping ends in `invalidate`. The number of regions is bounded;
+the oldest is dropped.
+Where the whole disk is one straight run of one host file (a raw image) there is no table at all, only a base offset.
+
+`try_read` and `try_write` are hot: flat on purpose, no object made, atomic towards the event loop. They decline
+(MISS) while the backend is
+quiesced, and whenever anything must be awaited.
+"""
+
+from __future__ import annotations
+
+import os
+from array import array
+from typing import TYPE_CHECKING, Final
+
+from livedisk.emulator.block.hostfile import HostFile
+from livedisk.emulator.block.node import fill_zeroes
+from livedisk.emulator.block.permissions import Perm
+from livedisk.emulator.block.types import DetectZeroes, Kind, NotMapped
+
+if TYPE_CHECKING:
+    from livedisk.emulator.block.backend import BlockBackend
+    from livedisk.emulator.block.node import DirtyTracker, Node
+
+MISS: Final = 0
+DATA: Final = 1
+HOLE: Final = 2
+"""The fast path's answers; the values are those of `livedisk.nbd.export`."""
+
+REGION_BITS: Final = 12
+REGION: Final = 1 << REGION_BITS
+"""Granules a region: 4096 entries, 32 KiB."""
+MAX_REGIONS: Final = 1024
+"""At most 32 MiB a map, whatever the disk's size."""
+FILL_AHEAD: Final = 16
+"""Granules resolved at once where the chain answers for them in one segment."""
+MAX_INDEX: Final = 255
+"""Files a map can tell apart (less 2); granules of further ones take the slow path."""
+
+_ZERO: Final = 1
+_SLOW: Final = 2
+_CODE: Final = 511
+_OFFSET: Final = ~511
+
+_preadv = os.preadv
+_pwrite = os.pwrite
+
+
+class FlatMap:
+    """The resolved chain below one `BlockBackend`.
+
+    ``enabled`` is false while the backend is quiesced, held, or has no node; then everything misses.
+    """
+
+    def __init__(self, backend: BlockBackend) -> None:
+        self._backend = backend
+        self.enabled = False
+        self._reset_tables()
+
+    def _reset_tables(self) -> None:
+        self._regions: dict[int, array[int]] = {}
+        self._index: dict[HostFile, int] = {}
+        self._fds: list[int] = [-1, -1]  # indices 0 and 1 would collide with the codes below 4
+        self._read_flags: list[int] = [0, 0]
+        self._shift = 16
+        self._size = 0
+        self._straight: HostFile | None = None
+        self._straight_fd = -1
+        self._straight_flags = 0
+        self._straight_base = 0
+        self._straight_writable = False
+        self._may_write = False
+        self._root: Node | None = None
+        self._trackers: list[DirtyTracker] = []
+        self._ready = False
+
+    # -- invalidation ------------------------------------------------------------------------------------------------
+    def reset(self) -> None:
+        """Forget everything: the graph, a node's options or a size changed."""
+        self._reset_tables()
+
+    def invalidate(self, offset: int, length: int) -> None:
+        """Forget a range of the disk (bytes)."""
+        if self._straight is not None:
+            self.reset()
+            return
+        first, last = offset >> self._shift, (min(offset + length, self._size) - 1) >> self._shift
+        regions = self._regions
+        if last - first >= REGION * 4:
+            for key in [key for key in regions if first >> REGION_BITS <= key <= last >> REGION_BITS]:
+                del regions[key]
+            return
+        for granule in range(first, last + 1):
+            region = regions.get(granule >> REGION_BITS)
+            if region is not None:
+                region[granule & (REGION - 1)] = 0
+
+    # -- filling ---------------------------------------------------------------------------------------------------
+    def _prepare(self) -> bool:
+        """Learn the chain's shape after a reset. False where there is nothing to map."""
+        edge = self._backend.root
+        if edge is None or not self.enabled:
+            return False
+        root = edge.node
+        self._root = root
+        self._trackers = root.trackers
+        self._size = root.size
+        self._may_write = bool(edge.perm & Perm.WRITE) and not root.read_only
+        granularity = chain_granularity(root)
+        self._shift = (min(max(granularity, 4096), 1 << 21) if granularity else 1 << 21).bit_length() - 1
+        self._ready = True
+        if granularity == 0 and self._size:
+            entry = self._resolve(0, self._size)
+            if entry is not None and entry[2] == self._size:
+                file, base, _, in_place = entry
+                if file is not None and file.inline_flags is not None:
+                    self._straight, self._straight_fd, self._straight_flags = file, file.fd, file.inline_flags
+                    self._straight_base = base
+                    self._straight_writable = in_place and file.inline_writes and self._may_write
+        return True
+
+    def _resolve(self, offset: int, length: int) -> tuple[HostFile | None, int, int, bool] | None:
+        """Follow the chain: ``(file, host offset, length, in place)``, with file None and host offset 1 for zeroes, 2
+        for slow.
+
+        None where metadata is not in memory.
+        """
+        node = self._root
+        assert node is not None
+        in_place = self._may_write
+        while True:
+            if node.detect_zeroes is not DetectZeroes.OFF or (node.trackers and node is not self._root):
+                in_place = False
+            length = min(length, node.size - offset)
+            if length <= 0:
+                return None, _SLOW, 0, False
+            try:
+                segment = node.driver.map(offset, length)
+            except NotMapped:
+                return None
+            length = segment.length
+            if segment.kind is Kind.DATA:
+                in_place = in_place and segment.in_place and not node.read_only
+                if isinstance(segment.source, HostFile):
+                    return segment.source, segment.offset, length, in_place
+                assert segment.source is not None
+                node, offset = segment.source.node, segment.offset
+            elif segment.kind is Kind.UNALLOCATED:
+                in_place = False
+                backing = node.backing
+                if backing is None or offset >= backing.node.size:
+                    return None, _ZERO, length, False
+                node = backing.node
+            elif segment.kind is Kind.ZERO:
+                return None, _ZERO, length, False
+            else:
+                return None, _SLOW, length, False
+
+    def _fill(self, granule: int) -> int:
+        """Resolve a granule and, where one segment covers them, some after it. Returns its entry, or 0 where it is
+        not in memory."""
+        if not self._ready and not self._prepare():
+            return 0
+        shift = self._shift
+        start = granule << shift
+        limit = min(self._size, ((granule | (REGION - 1)) + 1) << shift, start + (FILL_AHEAD << shift))
+        found = self._resolve(start, limit - start)
+        if found is None:
+            return 0
+        file, host, length, in_place = found
+        whole = start + length >= self._size
+        count = -(-length >> shift) if whole else length >> shift
+        if count == 0:
+            entry, count = self._slow_or_mixed(start, min(1 << shift, self._size - start)), 1
+        elif file is None:
+            entry = host
+        else:
+            entry = self._file_entry(file, host, in_place=in_place)
+        self._store(granule, entry, count, 1 << shift if entry & _CODE > _SLOW else 0)
+        return entry
+
+    def _slow_or_mixed(self, start: int, length: int) -> int:
+        """The entry of a granule that several segments make up: zero if all are, else slow."""
+        position = 0
+        while position < length:
+            found = self._resolve(start + position, length - position)
+            if found is None or found[0] is not None or found[1] != _ZERO or not found[2]:
+                return _SLOW
+            position += found[2]
+        return _ZERO
+
+    def _file_entry(self, file: HostFile, host: int, *, in_place: bool) -> int:
+        if host & 511 or file.inline_flags is None:
+            return _SLOW
+        index = self._index.get(file)
+        if index is None:
+            index = len(self._fds)
+            if index > MAX_INDEX:
+                return _SLOW
+            self._index[file] = index
+            self._fds.append(file.fd)
+            self._read_flags.append(file.inline_flags)
+        return host | 2 * index | (in_place and file.inline_writes)
+
+    def _store(self, granule: int, entry: int, count: int, step: int) -> None:
+        regions = self._regions
+        key = granule >> REGION_BITS
+        region = regions.get(key)
+        if region is None:
+            if len(regions) >= MAX_REGIONS:
+                del regions[next(iter(regions))]
+            region = regions[key] = array("Q", bytes(8 * REGION))
+        first = granule & (REGION - 1)
+        for index in range(count):
+            region[first + index] = entry + index * step
+
+    # -- the fast path -------------------------------------------------------------------------------------------------
+    def try_read(self, offset: int, view: memoryview) -> int:
+        """Fill ``view`` from ``offset`` without blocking: DATA; or HOLE (all zeroes, the view untouched); or MISS
+        (retry slowly)."""
+        length = len(view)
+        if self._straight is not None:
+            try:
+                done = _preadv(self._straight_fd, (view,), offset + self._straight_base, self._straight_flags)
+            except BlockingIOError:
+                return MISS
+            return DATA if done == length else MISS
+        if not self.enabled:
+            return MISS
+        shift = self._shift
+        granule = offset >> shift
+        inside = offset - (granule << shift)
+        if inside + length > 1 << shift or not self._ready:
+            return self._read_run(offset, view)
+        region = self._regions.get(granule >> REGION_BITS)
+        entry = region[granule & (REGION - 1)] if region is not None else 0
+        if not entry:
+            entry = self._fill(granule)
+        code = entry & _CODE
+        if code < 4:
+            return HOLE if code == _ZERO else MISS
+        index = code >> 1
+        try:
+            done = _preadv(self._fds[index], (view,), (entry & _OFFSET) + inside, self._read_flags[index])
+        except BlockingIOError:
+            return MISS
+        return DATA if done == length else MISS
+
+    def _runs(self, offset: int, length: int) -> list[tuple[int, int, int]] | None:
+        """The range as merged runs ``(code, host offset, length)``; None if any part must go slowly."""
+        shift, runs = self._shift, list[tuple[int, int, int]]()
+        last_code, last_host, last_length, expected = 0, 0, 0, -1
+        while length:
+            granule = offset >> shift
+            region = self._regions.get(granule >> REGION_BITS)
+            entry = region[granule & (REGION - 1)] if region is not None else 0
+            if not entry:
+                entry = self._fill(granule)
+            code = entry & _CODE
+            if code < 4 and code != _ZERO:
+                return None
+            inside = offset - (granule << shift)
+            step = min((1 << shift) - inside, length)
+            host = (entry & _OFFSET) + inside
+            if code == last_code and (host == expected or code == _ZERO):
+                last_length += step
+            else:
+                if last_length:
+                    runs.append((last_code, last_host, last_length))
+                last_code, last_host, last_length = code, host, step
+            expected = host + step
+            offset += step
+            length -= step
+        runs.append((last_code, last_host, last_length))
+        return runs
+
+    def _read_run(self, offset: int, view: memoryview) -> int:
+        if not self._ready:
+            return self.try_read(offset, view) if self._prepare() else MISS
+        runs = self._runs(offset, len(view))
+        if runs is None:
+            return MISS
+        if len(runs) == 1 and runs[0][0] == _ZERO:
+            return HOLE
+        position = 0
+        for code, host, length in runs:
+            part = view[position : position + length]
+            position += length
+            if code == _ZERO:
+                fill_zeroes(part)
+                continue
+            index = code >> 1
+            try:
+                if _preadv(self._fds[index], (part,), host, self._read_flags[index]) != length:
+                    return MISS
+            except BlockingIOError:
+                return MISS
+        return DATA
+
+    def try_write(self, offset: int, view: memoryview) -> int:
+        """Write ``view`` in place without blocking: DATA, or MISS (write again slowly). Raises OSError as pwrite
+        does."""
+        length = len(view)
+        if self._straight is not None:
+            if not self._straight_writable:
+                return MISS
+            if _pwrite(self._straight_fd, view, offset + self._straight_base) != length:
+                return MISS
+            end = offset + self._straight_base + length
+            if end > self._straight.highest:
+                self._straight.highest = end
+        else:
+            if not self.enabled:
+                return MISS
+            shift = self._shift
+            granule = offset >> shift
+            inside = offset - (granule << shift)
+            if inside + length > 1 << shift or not self._ready:
+                return self._write_run(offset, view)
+            region = self._regions.get(granule >> REGION_BITS)
+            entry = region[granule & (REGION - 1)] if region is not None else 0
+            if not entry:
+                entry = self._fill(granule)
+            if not entry & 1 or entry & _CODE < 4:
+                return MISS
+            if _pwrite(self._fds[(entry & _CODE) >> 1], view, (entry & _OFFSET) + inside) != length:
+                return MISS
+        root = self._root
+        if offset + length > root.wr_highest:  # type: ignore[union-attr]  # a prepared map has a root
+            root.wr_highest = offset + length  # type: ignore[union-attr]
+        for tracker in self._trackers:
+            tracker.mark(offset, length)
+        return DATA
+
+    def _write_run(self, offset: int, view: memoryview) -> int:
+        if not self._ready:
+            return self.try_write(offset, view) if self._prepare() else MISS
+        runs = self._runs(offset, len(view))
+        if runs is None:
+            return MISS
+        if any(not code & 1 or code < 4 for code, _, _ in runs):
+            return MISS
+        position = 0
+        for code, host, length in runs:
+            if _pwrite(self._fds[code >> 1], view[position : position + length], host) != length:
+                return MISS
+            position += length
+        assert self._root is not None
+        self._root.written(offset, len(view))
+        return DATA
+
+
+def chain_granularity(root: Node) -> int:
+    """The smallest mapping granularity (bytes) of all nodes below; 0 where every one is a straight line."""
+    smallest, todo, seen = 0, [root], set[int]()
+    while todo:
+        node = todo.pop()
+        if id(node) in seen:
+            continue
+        seen.add(id(node))
+        own = node.driver.map_granularity
+        if own and (not smallest or own < smallest):
+            smallest = own
+        todo.extend(edge.node for edge in node.children.values())
+    return smallest

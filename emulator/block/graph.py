@@ -1,0 +1,459 @@
+"""All nodes of one daemon: open, delete, attach, replace, permissions, drain, reopen.
+
+Changes of structure are synchronous, and so atomic towards the event loop and every guest request: edges are moved,
+permissions
+are recomputed for the whole graph (graphs are small), conflicts raise, and the `Transaction` puts everything back.
+Opening and closing
+files awaits; it happens before and after.
+
+Names: a node without a name gets ``#blockNNN`` as QEMU's id generator makes them (``util/id.c``). Inheritance of
+cache, read-only and
+discard to children that are described inside their parent: QEMU ``block.c`` (bdrv_inherited_options,
+bdrv_backing_options).
+"""
+
+from __future__ import annotations
+
+import random
+import re
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+import msgspec
+
+from livedisk.emulator.block.backend import BlockBackend
+from livedisk.emulator.block.driver import driver_class
+from livedisk.emulator.block.node import Edge, Node, Parent
+from livedisk.emulator.block.options import BlockdevOptions, CacheOptions
+from livedisk.emulator.block.permissions import Perm, Role, check_edges
+from livedisk.emulator.block.transaction import Transaction
+from livedisk.emulator.block.types import DetectZeroes, Discard
+from livedisk.emulator.errors import BlockError, NodeNotFound
+
+UNSET = msgspec.UNSET
+_WELL_FORMED = re.compile(r"[A-Za-z][A-Za-z0-9._-]*\Z")
+MAX_NAME = 31
+"""Characters in a node name (QEMU: sizeof node_name - 1)."""
+
+
+class Graph:
+    """Nodes by name, and the backends through which requests enter.
+
+    ``reserved``: callables that say whether a name is taken by something other than a node (a device); ``on_change``:
+    called after any change of
+    structure.
+    """
+
+    def __init__(self) -> None:
+        self.nodes: dict[str, Node] = {}
+        self.backends: list[BlockBackend] = []
+        self.reserved: list[Callable[[str], bool]] = []
+        self.on_change: list[Callable[[], None]] = []
+        self._serial = 0
+
+    # -- names -----------------------------------------------------------------------------------------------------
+    def find(self, name: str) -> Node:
+        """The node of that name. Raises NodeNotFound in QEMU's words."""
+        try:
+            return self.nodes[name]
+        except KeyError:
+            raise NodeNotFound(f"Cannot find device='' nor node-name='{name}'") from None
+
+    def _new_name(self, wanted: str | msgspec.UnsetType) -> str:
+        if isinstance(wanted, str):
+            self.check_new_name(wanted)
+            return wanted
+        while True:
+            name = f"#block{self._serial}{random.randrange(100):02d}"
+            self._serial += 1
+            if name not in self.nodes:
+                return name
+
+    def check_new_name(self, name: str) -> None:
+        """Raise BlockError, in QEMU's words, if a new node cannot have this name."""
+        if not _WELL_FORMED.match(name):
+            raise BlockError(f"Invalid node-name: '{name}'")
+        if any(taken(name) for taken in self.reserved):
+            raise BlockError(f"node-name={name} is conflicting with a device id")
+        if name in self.nodes:
+            raise BlockError(f"Duplicate nodes with node-name='{name}'")
+        if len(name) > MAX_NAME:
+            raise BlockError("Node name too long")
+
+    # -- opening -----------------------------------------------------------------------------------------------------
+    async def add(self, options: BlockdevOptions) -> Node:
+        """blockdev-add: open a node that the user owns. Raises BlockError or OSError; on failure nothing is left."""
+        node = await self.open(options)
+        node.monitor_owned = True
+        return node
+
+    async def open(self, options: BlockdevOptions, *, parent: Node | None = None, role: Role = Role.NONE) -> Node:
+        """Open a node and the children described inside it. It has no parent yet: `attach_root`, `attach_child` or
+        `release` it."""
+        cls = driver_class(options.driver)
+        node = Node(self, self._new_name(options.node_name), options)
+        self._settle_options(node, options, parent, role)
+        node.driver = cls(node, options)
+        self.nodes[node.name] = node
+        try:
+            await node.driver.open()
+        except BaseException:
+            await self._abandon(node)
+            raise
+        self.changed()
+        return node
+
+    async def _abandon(self, node: Node) -> None:
+        """Take down a node whose `open` failed."""
+        self.nodes.pop(node.name, None)
+        for edge in list(node.children.values()):
+            self._detach(edge)
+            await self.release(edge.node)
+        self.refresh_permissions()
+
+    def _settle_options(self, node: Node, options: BlockdevOptions, parent: Node | None, role: Role) -> None:
+        """Options as given, else inherited from the parent that describes this node, else QEMU's defaults."""
+        cache = options.cache if isinstance(options.cache, CacheOptions) else CacheOptions()
+        inherited = parent is not None
+        below_format = inherited and not role & Role.COW
+        node.cache_direct = _pick(cache.direct, parent.cache_direct if parent else False)
+        node.cache_no_flush = _pick(cache.no_flush, parent.cache_no_flush if parent else False)
+        node.force_share = _pick(options.force_share, parent.force_share if parent else False)
+        node.read_only = _pick(options.read_only, bool(role & Role.COW) or (parent.read_only if parent else False))
+        node.auto_read_only = _pick(options.auto_read_only, below_format)
+        node.discard_mode = _pick(options.discard, Discard.UNMAP if inherited else Discard.IGNORE)
+        node.detect_zeroes = _pick(options.detect_zeroes, DetectZeroes.OFF)
+        if node.detect_zeroes is DetectZeroes.UNMAP and node.discard_mode is not Discard.UNMAP:
+            raise BlockError("setting detect-zeroes to unmap is not allowed without setting discard operation to unmap")
+        if node.force_share and not node.read_only:
+            raise BlockError("force-share=on can only be used with read-only images")
+
+    async def open_child(self, node: Node, ref: Any, name: str, role: Role) -> Edge:
+        """Attach the child that ``ref`` gives: an existing node's name, or options of a node to open under ``node``."""
+        if isinstance(ref, str):
+            child = self.find(ref)
+        elif isinstance(ref, BlockdevOptions):
+            child = await self.open(ref, parent=node, role=role)
+        else:
+            raise BlockError(f'A block device must be specified for "{name}"')
+        try:
+            return self.attach_child(node, child, name, role)
+        except BaseException:
+            await self.release(child)
+            raise
+
+    # -- structure (synchronous) -------------------------------------------------------------------------------------
+    def attach_child(self, parent: Node, child: Node, name: str, role: Role, tran: Transaction | None = None) -> Edge:
+        """Make ``child`` a child of ``parent``. Raises BlockError on a cycle or a conflict of permissions."""
+        if parent is child or parent in self.below(child):
+            raise BlockError(f"Making '{child.name}' a {name} child of '{parent.name}' would create a cycle")
+        edge = Edge(parent, child, name, role)
+        with _Nested(tran) as steps:
+            self._link(edge, steps)
+            self.refresh_permissions(steps)
+        self.changed()
+        return edge
+
+    def attach_root(
+        self, backend: BlockBackend, node: Node, perm: Perm, shared: Perm, tran: Transaction | None = None
+    ) -> Edge:
+        """Put ``backend`` on ``node`` with these permissions. Raises PermissionConflict or LockError."""
+        edge = Edge(backend, node, "root", Role.FILTERED | Role.PRIMARY)
+        edge.perm, edge.shared = perm, shared
+        with _Nested(tran) as steps:
+            backend.root = edge
+            self.backends.append(backend)
+            node.parents.append(edge)
+            steps.add(abort=lambda: self._unlink_root(backend, edge))
+            self.refresh_permissions(steps)
+        self.changed()
+        return edge
+
+    def set_root_permissions(self, backend: BlockBackend, perm: Perm, shared: Perm) -> None:
+        """Change what a backend needs and shares. On a conflict nothing changes."""
+        edge = backend.root
+        assert edge is not None
+        old = edge.perm, edge.shared
+        with Transaction() as steps:
+            edge.perm, edge.shared = perm, shared
+            steps.add(abort=lambda: _set_perms(edge, *old))
+            self.refresh_permissions(steps)
+        self.changed()
+
+    def _unlink_root(self, backend: BlockBackend, edge: Edge) -> None:
+        backend.root = None
+        if backend in self.backends:
+            self.backends.remove(backend)
+        edge.node.parents.remove(edge)
+
+    async def detach_root(self, backend: BlockBackend) -> None:
+        """Take the backend off its node; a node without any user left is closed. Nothing may be in flight."""
+        edge = backend.root
+        if edge is None:
+            return
+        self._unlink_root(backend, edge)
+        backend.refresh()
+        self.refresh_permissions()
+        self.changed()
+        await self.release(edge.node)
+
+    def _link(self, edge: Edge, steps: Transaction) -> None:
+        parent = edge.parent
+        assert isinstance(parent, Node)
+        parent.children[edge.name] = edge
+        edge.node.parents.append(edge)
+        steps.add(abort=lambda: self._detach(edge))
+
+    def _detach(self, edge: Edge) -> None:
+        parent = edge.parent
+        if isinstance(parent, Node) and parent.children.get(edge.name) is edge:
+            del parent.children[edge.name]
+        if edge in edge.node.parents:
+            edge.node.parents.remove(edge)
+
+    def detach_child(self, edge: Edge, tran: Transaction | None = None) -> None:
+        """Remove an edge between nodes. The child stays open: `release` it after the transaction."""
+        if edge.frozen:
+            raise BlockError(
+                f"Cannot change frozen '{edge.name}' link from '{_name_of(edge.parent)}' to '{edge.node.name}'"
+            )
+        assert isinstance(edge.parent, Node)
+        place = edge.node.parents.index(edge)
+        with _Nested(tran) as steps:
+            self._detach(edge)
+            steps.add(abort=lambda: self._reattach(edge, place))
+            self.refresh_permissions(steps)
+        self.changed()
+
+    def _reattach(self, edge: Edge, place: int) -> None:
+        assert isinstance(edge.parent, Node)
+        edge.parent.children[edge.name] = edge
+        edge.node.parents.insert(place, edge)
+
+    def replace_edge(self, edge: Edge, new: Node, tran: Transaction | None = None) -> None:
+        """Let one edge lead to another node. Raises BlockError if it is frozen, PermissionConflict on a conflict."""
+        self.replace_edges([edge], new, tran)
+
+    def replace_node(self, old: Node, new: Node, tran: Transaction | None = None, *, but: Iterable[Edge] = ()) -> None:
+        """Let every parent of ``old`` lead to ``new`` instead, but the edges in ``but`` and those that come from
+        below ``new``."""
+        keep = set(but)
+        under = {id(node) for node in self.below(new)} | {id(new)}
+        edges = [
+            edge
+            for edge in old.parents
+            if edge not in keep and not (isinstance(edge.parent, Node) and id(edge.parent) in under)
+        ]
+        self.replace_edges(edges, new, tran)
+
+    def replace_edges(self, edges: list[Edge], new: Node, tran: Transaction | None = None) -> None:
+        """Move edges to ``new`` in one step."""
+        for edge in edges:
+            if edge.frozen:
+                raise BlockError(
+                    f"Cannot change frozen '{edge.name}' link from '{_name_of(edge.parent)}' to '{edge.node.name}'"
+                )
+            if edge.parent is new or (isinstance(edge.parent, Node) and edge.parent in self.below(new)):
+                raise BlockError(
+                    f"Making '{new.name}' a {edge.name} child of '{_name_of(edge.parent)}' would create a cycle"
+                )
+        with _Nested(tran) as steps:
+            for edge in edges:
+                old = edge.node
+                self._move(edge, new)
+                steps.add(abort=lambda edge=edge, old=old: self._move(edge, old))  # type: ignore[misc]
+            self.refresh_permissions(steps)
+        self.changed()
+
+    def _move(self, edge: Edge, new: Node) -> None:
+        edge.node.parents.remove(edge)
+        edge.node = new
+        new.parents.append(edge)
+        edge.parent.child_replaced(edge)
+
+    # -- closing -----------------------------------------------------------------------------------------------------
+    async def delete(self, name: str) -> None:
+        """blockdev-del. Raises BlockError, in QEMU's words, if the node is in use or not the user's own."""
+        node = self.nodes.get(name)
+        if node is None:
+            raise NodeNotFound(f"Failed to find node with node-name='{name}'")
+        if not node.monitor_owned:
+            raise BlockError(f"Node {name} is not owned by the monitor")
+        if node.parents:
+            raise BlockError(f"Block device {name} is in use")
+        node.monitor_owned = False
+        await self.release(node)
+
+    async def release(self, node: Node) -> None:
+        """Close the node, and what it alone uses below, if nobody uses it any more."""
+        if node.parents or node.monitor_owned or self.nodes.get(node.name) is not node:
+            return
+        del self.nodes[node.name]
+        try:
+            await node.driver.close()
+        finally:
+            for edge in list(node.children.values()):
+                self._detach(edge)
+                await self.release(edge.node)
+            self.refresh_permissions()
+            self.changed()
+
+    async def close(self) -> None:
+        """Close every node, parents first. All backends are gone."""
+        while self.nodes:
+            tops = [node for node in self.nodes.values() if not node.parents]
+            for node in tops or list(self.nodes.values())[:1]:
+                node.monitor_owned = False
+                await self.release(node)
+
+    # -- looking -----------------------------------------------------------------------------------------------------
+    def below(self, node: Node) -> list[Node]:
+        """All nodes reachable from ``node``, without itself, each once."""
+        found: dict[int, Node] = {}
+        todo = [edge.node for edge in node.children.values()]
+        while todo:
+            child = todo.pop()
+            if id(child) not in found:
+                found[id(child)] = child
+                todo.extend(edge.node for edge in child.children.values())
+        return list(found.values())
+
+    def backends_above(self, nodes: Iterable[Node]) -> list[BlockBackend]:
+        """Every backend whose requests can reach one of the nodes."""
+        found: list[BlockBackend] = []
+        todo: list[Node] = list(nodes)
+        seen: set[int] = set()
+        while todo:
+            node = todo.pop()
+            if id(node) in seen:
+                continue
+            seen.add(id(node))
+            for edge in node.parents:
+                if isinstance(edge.parent, Node):
+                    todo.append(edge.parent)
+                elif isinstance(edge.parent, BlockBackend) and edge.parent not in found:
+                    found.append(edge.parent)
+        return found
+
+    def changed(self) -> None:
+        """The structure or a node's options changed: flat maps are stale, watchers are told."""
+        for backend in self.backends:
+            backend.refresh()
+        for watcher in list(self.on_change):
+            watcher()
+
+    def resized(self, node: Node) -> None:
+        """A node has a new size: tell the backends right above it (through filters)."""
+        for backend in self.backends:
+            backend.refresh()
+            if backend.root is not None and (backend.root.node is node or node in self.below(backend.root.node)):
+                for callback in list(backend.on_resize):
+                    callback()
+
+    # -- drain -----------------------------------------------------------------------------------------------------
+    @asynccontextmanager
+    async def drained(self, *nodes: Node) -> AsyncIterator[None]:
+        """While inside, no request of any backend reaches one of these nodes, and none is in flight. Without nodes:
+        the whole graph."""
+        backends = self.backends_above(nodes) if nodes else list(self.backends)
+        for backend in backends:
+            backend.quiesce()
+        try:
+            for backend in backends:
+                await backend.idle()
+            yield
+        finally:
+            for backend in backends:
+                backend.unquiesce()
+
+    # -- permissions -------------------------------------------------------------------------------------------------
+    def refresh_permissions(self, steps: Transaction | None = None) -> None:
+        """Recompute every edge's permissions from the backends down; check; let drivers take or drop locks.
+
+        Raises PermissionConflict or LockError with everything as it was (the caller undoes its own change of
+        structure).
+        """
+        with _Nested(steps) as tran:
+            wanted: dict[Edge, tuple[Perm, Perm]] = {}
+            changed: list[tuple[Node, Perm, Perm]] = []
+            for node in self._parents_first():
+                perm, shared = Perm.NONE, Perm.ALL
+                for edge in node.parents:
+                    if edge not in wanted:
+                        wanted[edge] = edge.perm, edge.shared
+                    perm |= wanted[edge][0]
+                    shared &= wanted[edge][1]
+                check_edges(node.parents, wanted)
+                self._check_access(node, wanted)
+                for edge in node.children.values():
+                    wanted[edge] = node.driver.child_perms(edge, perm, shared)
+                if (perm, shared) != (node.perm, node.shared):
+                    changed.append((node, perm, shared))
+            for node, perm, shared in changed:
+                node.driver.prepare_perms(perm, shared)
+                tran.add(
+                    commit=lambda node=node, perm=perm, shared=shared: node.driver.commit_perms(perm, shared),  # type: ignore[misc]
+                    abort=lambda node=node, old=(node.perm, node.shared): _restore_node(node, *old),  # type: ignore[misc]
+                )
+                node.perm, node.shared = perm, shared
+            for edge, (perm, shared) in wanted.items():
+                old = edge.perm, edge.shared
+                if old != (perm, shared):
+                    _set_perms(edge, perm, shared)
+                    tran.add(abort=lambda edge=edge, old=old: _set_perms(edge, *old))  # type: ignore[misc]
+
+    def _check_access(self, node: Node, wanted: dict[Edge, tuple[Perm, Perm]]) -> None:
+        needs_write = any(wanted[edge][0] & Perm.WRITE for edge in node.parents)
+        if needs_write and node.read_only and not node.auto_read_only:
+            raise BlockError("Block node is read-only")
+
+    def _parents_first(self) -> Iterator[Node]:
+        """Every node, each after all of its parents (the graph has no cycles)."""
+        done: set[int] = set()
+
+        def visit(node: Node) -> Iterator[Node]:
+            if id(node) in done:
+                return
+            for edge in node.parents:
+                if isinstance(edge.parent, Node):
+                    yield from visit(edge.parent)
+            if id(node) not in done:
+                done.add(id(node))
+                yield node
+
+        known = list(self.nodes.values())
+        for node in known:
+            yield from visit(node)
+
+
+class _Nested:
+    """A transaction of one's own, or the caller's if there is one: then only the caller commits or aborts."""
+
+    def __init__(self, outer: Transaction | None) -> None:
+        self._outer = outer
+        self._own = Transaction() if outer is None else outer
+
+    def __enter__(self) -> Transaction:
+        return self._own
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: Any) -> None:
+        if self._outer is None:
+            self._own.__exit__(kind, error, tb)
+
+
+def _set_perms(edge: Edge, perm: Perm, shared: Perm) -> None:
+    edge.perm, edge.shared = perm, shared
+
+
+def _restore_node(node: Node, perm: Perm, shared: Perm) -> None:
+    node.driver.abort_perms()
+    node.perm, node.shared = perm, shared
+
+
+def _name_of(parent: Parent) -> str:
+    return parent.name if isinstance(parent, Node) else parent.description
+
+
+def _pick(given: Any, default: Any) -> Any:
+    return default if given is UNSET else given

@@ -1,0 +1,373 @@
+"""A named node of the graph, its edges, and the one checked way into its driver.
+
+A request enters the graph at a `BlockBackend` (a device, an export, a job), which range-checks and gates it, and goes
+from
+node to node along edges. Every `Node` method here is that one way: it checks read-only, tracks the request as in
+flight, lets conflicting
+requests wait for each other, and only then asks the driver.
+
+Invariants
+* Requests that free or re-map storage (`discard`, `write_zeroes`, `write_compressed`) are *serialising*: they wait
+for every overlapping
+  request in flight on the node, and later overlapping requests wait for them. A host cluster is thus never freed
+  under a running read or write.
+* A write is marked in every dirty tracker of the node before it is acknowledged.
+* Whatever changes a mapping calls `Node.mapping_changed`; nothing else invalidates the flat maps above.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Protocol
+
+from livedisk.emulator.block.permissions import Perm, Role
+from livedisk.emulator.block.types import DetectZeroes, Discard, Kind, NotMapped, Preallocation, Segment, ZeroFlags
+
+if TYPE_CHECKING:
+    from livedisk.emulator.block.driver import Driver
+    from livedisk.emulator.block.graph import Graph
+    from livedisk.emulator.block.options import BlockdevOptions
+
+ZERO_CHUNK = bytes(1 << 20)
+"""Zeroes to copy from: 1 MiB."""
+
+
+class Parent(Protocol):
+    """Whoever holds an edge to a node: another node, or a `BlockBackend`."""
+
+    @property
+    def description(self) -> str:
+        """As QEMU's messages name it: "node 'x'", "block device 'y'"."""
+
+    def child_replaced(self, edge: Edge) -> None:
+        """``edge.node`` is a different node now."""
+
+    def child_mapping_changed(self, edge: Edge, offset: int, length: int) -> None:
+        """The mapping of that range of the child is not what it was."""
+
+
+class DirtyTracker(Protocol):
+    """Something that must learn of every write to a node: a dirty bitmap, a job's dirty map."""
+
+    def mark(self, offset: int, length: int) -> None:
+        """The range was changed. Must not fail and must not await."""
+
+
+class Edge:
+    """One parent's use of one node: a name ("file", "backing", "root"), a role and the permissions taken.
+
+    ``frozen`` edges (a job works on the chain) may not be replaced.
+    """
+
+    __slots__ = ("frozen", "name", "node", "parent", "perm", "role", "shared")
+
+    def __init__(self, parent: Parent, node: Node, name: str, role: Role) -> None:
+        self.parent = parent
+        self.node = node
+        self.name = name
+        self.role = role
+        self.perm = Perm.NONE
+        self.shared = Perm.ALL
+        self.frozen = False
+
+    @property
+    def parent_description(self) -> str:
+        """Who holds this edge, in QEMU's words."""
+        return self.parent.description
+
+    async def read(self, offset: int, view: memoryview) -> None:
+        """Fill ``view`` from the child; bytes past the child's end read as zeroes."""
+        await self.node.read(offset, view)
+
+    async def write(self, offset: int, data: memoryview) -> None:
+        """Write to the child. Raises EPERM if the edge does not hold the permission."""
+        if not self.perm & (Perm.WRITE | Perm.WRITE_UNCHANGED):
+            raise PermissionError(errno.EPERM, f"no write permission on node '{self.node.name}' as '{self.name}'")
+        await self.node.write(offset, data)
+
+    def __repr__(self) -> str:
+        return f"<Edge {self.parent.description} -{self.name}-> {self.node.name}>"
+
+
+class _InFlight:
+    """One tracked request: a byte range, and whether others must wait for it."""
+
+    __slots__ = ("done", "end", "serialising", "start")
+
+    def __init__(self, start: int, end: int, *, serialising: bool) -> None:
+        self.start = start
+        self.end = end
+        self.serialising = serialising
+        self.done: asyncio.Future[None] | None = None
+
+
+class Node:
+    """A node of the graph. Made by `Graph`; never directly.
+
+    Attributes: ``name``; ``driver``; ``options`` as given; ``children`` by edge name; ``parents``; ``read_only``;
+    ``discard``;
+    ``detect_zeroes``; ``cache_direct``, ``cache_no_flush``; ``force_share``; ``implicit`` (made by a job, hidden from
+    users);
+    ``monitor_owned`` (blockdev-add made it, so blockdev-del ends it); ``trackers``; ``wr_highest`` (largest byte
+    offset written to, exclusive).
+    """
+
+    def __init__(self, graph: Graph, name: str, options: BlockdevOptions) -> None:
+        self.graph = graph
+        self.name = name
+        self.options = options
+        self.driver: Driver
+        self.children: dict[str, Edge] = {}
+        self.parents: list[Edge] = []
+        self.read_only = False
+        self.auto_read_only = False
+        self.discard_mode = Discard.IGNORE
+        self.detect_zeroes = DetectZeroes.OFF
+        self.cache_direct = False
+        self.cache_no_flush = False
+        self.force_share = False
+        self.implicit = False
+        self.monitor_owned = False
+        self.trackers: list[DirtyTracker] = []
+        self.wr_highest = 0
+        self.perm = Perm.NONE
+        self.shared = Perm.ALL
+        self._in_flight: list[_InFlight] = []
+
+    # -- the graph around it -----------------------------------------------------------------------------------------
+    @property
+    def description(self) -> str:
+        return f"node '{self.name}'"
+
+    @property
+    def size(self) -> int:
+        """Bytes."""
+        return self.driver.size
+
+    @property
+    def file(self) -> Edge:
+        """The child that stores this node's bytes."""
+        return self.children["file"]
+
+    @property
+    def backing(self) -> Edge | None:
+        """The child that is read where this node has nothing."""
+        return self.children.get("backing")
+
+    @property
+    def filtered(self) -> Edge | None:
+        """The child that a filter shows, or None."""
+        return next((edge for edge in self.children.values() if edge.role & Role.FILTERED), None)
+
+    def child_replaced(self, edge: Edge) -> None:
+        """A child is a different node now: nothing known about the mapping holds."""
+        self.mapping_changed()
+
+    def child_mapping_changed(self, edge: Edge, offset: int, length: int) -> None:
+        """Pass on what changed below: the same range for what shows through, everything for what only stores."""
+        if edge.role & (Role.COW | Role.FILTERED):
+            self.mapping_changed(offset, length)
+        else:
+            self.mapping_changed()
+
+    def mapping_changed(self, offset: int = 0, length: int = 1 << 63) -> None:
+        """Forget what any flat map above says of this range. The one function that whatever changes a mapping calls."""
+        for edge in self.parents:
+            edge.parent.child_mapping_changed(edge, offset, length)
+
+    # -- requests in flight --------------------------------------------------------------------------------------------
+    @property
+    def busy(self) -> bool:
+        """Whether requests are in flight on this very node."""
+        return bool(self._in_flight)
+
+    @contextmanager
+    def _registered(self, request: _InFlight) -> Iterator[None]:
+        self._in_flight.append(request)
+        try:
+            yield
+        finally:
+            self._in_flight.remove(request)
+            if request.done is not None:
+                request.done.set_result(None)
+
+    async def _admit(self, offset: int, length: int, *, serialising: bool = False) -> _InFlight:
+        """Wait until nothing in flight conflicts with the range. The caller registers the request without awaiting in
+        between."""
+        start, end = offset, offset + length
+        if serialising:
+            step = self.driver.map_granularity or 1
+            start, end = start // step * step, -(-end // step) * step
+        while True:
+            for other in self._in_flight:
+                if other.start < end and start < other.end and (serialising or other.serialising):
+                    if other.done is None:
+                        other.done = asyncio.get_running_loop().create_future()
+                    await asyncio.shield(other.done)
+                    break
+            else:
+                return _InFlight(start, end, serialising=serialising)
+
+    # -- where -----------------------------------------------------------------------------------------------------
+    async def map(self, offset: int, length: int) -> Segment:
+        """This node's own answer for the start of the range, reading metadata as needed."""
+        while True:
+            try:
+                return self.driver.map(offset, length)
+            except NotMapped:
+                await self.driver.load(offset, length)
+
+    # -- moving bytes ------------------------------------------------------------------------------------------------
+    async def read(self, offset: int, view: memoryview) -> None:
+        """Fill ``view`` (bytes) from ``offset``; what lies past the end of the node reads as zeroes."""
+        with self._registered(await self._admit(offset, len(view))):
+            inside = min(max(self.size - offset, 0), len(view))
+            fill_zeroes(view[inside:])
+            position = 0
+            while position < inside:
+                segment = await self.map(offset + position, inside - position)
+                part = view[position : position + segment.length]
+                await self._read_segment(segment, offset + position, part)
+                position += segment.length
+
+    async def _read_segment(self, segment: Segment, offset: int, part: memoryview) -> None:
+        if segment.kind is Kind.DATA:
+            assert segment.source is not None
+            await segment.source.read(segment.offset, part)
+        elif segment.kind is Kind.ZERO:
+            fill_zeroes(part)
+        elif segment.kind is Kind.UNALLOCATED:
+            if self.backing is not None:
+                await self.backing.read(offset, part)
+            else:
+                fill_zeroes(part)
+        else:
+            await self.driver.read(offset, part)
+
+    def check_writable(self) -> None:
+        """Raise EPERM if the node is read-only."""
+        if self.read_only:
+            raise PermissionError(errno.EPERM, f"node '{self.name}' is read-only")
+
+    async def write(self, offset: int, data: memoryview, *, fua: bool = False) -> None:
+        """Write ``data`` at ``offset`` (bytes); with ``fua`` it is on stable storage on return."""
+        self.check_writable()
+        if self.detect_zeroes is not DetectZeroes.OFF and is_zero(data):
+            flags = ZeroFlags.NONE
+            if self.detect_zeroes is DetectZeroes.UNMAP and self.discard_mode is Discard.UNMAP:
+                flags = ZeroFlags.MAY_UNMAP
+            await self.write_zeroes(offset, len(data), flags, fua=fua)
+            return
+        with self._registered(await self._admit(offset, len(data))):
+            try:
+                await self.driver.write(offset, data)
+            finally:
+                self.written(offset, len(data))
+        if fua:
+            await self.flush()
+
+    async def write_zeroes(
+        self, offset: int, length: int, flags: ZeroFlags = ZeroFlags.NONE, *, fua: bool = False
+    ) -> None:
+        """Zero ``length`` bytes; raises ENOTSUP under NO_FALLBACK where that would be slow."""
+        self.check_writable()
+        if self.discard_mode is Discard.IGNORE:
+            flags &= ~ZeroFlags.MAY_UNMAP
+        with self._registered(await self._admit(offset, length, serialising=True)):
+            try:
+                await self._zero(offset, length, flags)
+            finally:
+                self.written(offset, length)
+        if fua:
+            await self.flush()
+
+    async def _zero(self, offset: int, length: int, flags: ZeroFlags) -> None:
+        try:
+            await self.driver.write_zeroes(offset, length, flags)
+        except OSError as error:
+            if error.errno not in (errno.ENOTSUP, errno.EOPNOTSUPP) or flags & ZeroFlags.NO_FALLBACK:
+                raise
+            for start in range(0, length, len(ZERO_CHUNK)):
+                step = min(len(ZERO_CHUNK), length - start)
+                await self.driver.write(offset + start, memoryview(ZERO_CHUNK)[:step])
+
+    async def discard(self, offset: int, length: int, *, fua: bool = False) -> None:
+        """Drop the storage of the range, unless the node ignores discards."""
+        self.check_writable()
+        if self.discard_mode is Discard.UNMAP:
+            with self._registered(await self._admit(offset, length, serialising=True)):
+                try:
+                    await self.driver.discard(offset, length)
+                finally:
+                    self.written(offset, length)
+        if fua:
+            await self.flush()
+
+    async def write_compressed(self, offset: int, data: memoryview) -> None:
+        """Write whole clusters compressed (the last may be short at the image's end)."""
+        self.check_writable()
+        with self._registered(await self._admit(offset, len(data), serialising=True)):
+            try:
+                await self.driver.write_compressed(offset, data)
+            finally:
+                self.written(offset, len(data))
+
+    async def flush(self) -> None:
+        """Put every acknowledged write on stable storage, down through the children."""
+        if self.cache_no_flush:
+            await self.driver.flush_metadata()
+        else:
+            await self.driver.flush()
+
+    async def truncate(self, size: int, *, exact: bool = True, prealloc: Preallocation = Preallocation.OFF) -> None:
+        """Resize to ``size`` bytes. The caller has drained the node and holds RESIZE."""
+        self.check_writable()
+        old = self.size
+        with self._registered(await self._admit(min(old, size), 1 << 62, serialising=True)):
+            await self.driver.truncate(size, exact=exact, prealloc=prealloc)
+        if self.size > old:
+            self.written(old, self.size - old)
+        self.mapping_changed()
+        self.graph.resized(self)
+
+    def written(self, offset: int, length: int) -> None:
+        """Account a finished change of the range: dirty trackers, the highest offset written."""
+        if offset + length > self.wr_highest:
+            self.wr_highest = offset + length
+        for tracker in self.trackers:
+            tracker.mark(offset, length)
+
+    def __repr__(self) -> str:
+        return f"<Node {self.name} {self.options.driver}>"
+
+
+def fill_zeroes(view: memoryview) -> None:
+    """Zero a byte view in place."""
+    for start in range(0, len(view), len(ZERO_CHUNK)):
+        part = view[start : start + len(ZERO_CHUNK)]
+        part[:] = ZERO_CHUNK[: len(part)]
+
+
+def is_zero(data: memoryview) -> bool:
+    """Whether all bytes are zero."""
+    return not data.nbytes or (data[0] == 0 and not any_nonzero(data))
+
+
+def any_nonzero(data: memoryview) -> bool:
+    """Whether any byte is not zero; compares in chunks (memcmp) rather than byte by byte."""
+    return any(
+        bytes(data[start : start + len(ZERO_CHUNK)]) != ZERO_CHUNK[: min(len(ZERO_CHUNK), len(data) - start)]
+        for start in range(0, len(data), len(ZERO_CHUNK))
+    )
+
+
+def io_error(number: int, what: str) -> OSError:
+    """An OSError with the number's own text and what was tried."""
+    return OSError(number, f"{os.strerror(number)}: {what}")
+
+
+__all__ = ["DirtyTracker", "Edge", "Node", "Parent", "fill_zeroes", "io_error", "is_zero"]
