@@ -1,0 +1,81 @@
+"""Memory of the server: a pool of equal buffers for receiving and replying, and the budget that bounds the rest.
+
+Why these numbers. The batch buffers are 2 MiB and a little, so that the largest request of the usual tools (qemu-img convert
+moves 2 MiB at a time) still goes through the fast path; only touched pages cost memory. The server keeps two in use for all
+connections together; a connection takes one for itself only while it holds an incomplete large request, and one while the client
+does not read a large reply. A connection may have 128 requests and 64 MiB in the slow path (QEMU: 16 requests, of up to 32 MiB each),
+all connections together 256 MiB; but one request is always granted, so that no client can starve another
+by hoarding. A client that stalls therefore costs at most two buffers, its budget, and what the kernel holds for its socket.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Final
+
+BUFFER_SIZE: Final = (2 << 20) + 4096
+"""Bytes of a pooled buffer: a request or reply of 2 MiB with its header."""
+
+_SPARE: Final = 8
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """Bounds on what clients may have under way in the slow path; bytes count payloads and reply data."""
+
+    requests_per_connection: int = 128
+    bytes_per_connection: int = 64 << 20
+    bytes_in_total: int = 256 << 20
+
+
+class BufferPool:
+    """Hands out `BUFFER_SIZE` byte buffers as memoryviews, and keeps a few of those given back."""
+
+    def __init__(self) -> None:
+        self._spare: list[memoryview] = []
+
+    def take(self) -> memoryview:
+        """A buffer with any content."""
+        return self._spare.pop() if self._spare else memoryview(bytearray(BUFFER_SIZE))
+
+    def give(self, buffer: memoryview) -> None:
+        """Take back a whole buffer that nobody uses any more."""
+        if len(self._spare) < _SPARE:
+            self._spare.append(buffer)
+
+
+class Budget:
+    """The bytes that the slow path of all connections of a server holds."""
+
+    def __init__(self, limits: Limits) -> None:
+        self.limits = limits
+        self.held = 0
+
+
+class Account:
+    """One connection's share of a `Budget`: requests in flight and bytes held."""
+
+    def __init__(self, budget: Budget) -> None:
+        self._budget = budget
+        self.requests = 0
+        self.held = 0
+
+    def admit(self, cost: int) -> bool:
+        """Charge one request of ``cost`` bytes if the limits allow it now."""
+        limits = self._budget.limits
+        if self.requests and (
+            self.requests >= limits.requests_per_connection
+            or self.held + cost > limits.bytes_per_connection
+            or self._budget.held + cost > limits.bytes_in_total
+        ):
+            return False
+        self.requests += 1
+        self.held += cost
+        self._budget.held += cost
+        return True
+
+    def release(self, cost: int) -> None:
+        """Give back what `admit` charged."""
+        self.requests -= 1
+        self.held -= cost
+        self._budget.held -= cost
