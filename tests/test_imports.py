@@ -15,6 +15,8 @@ from typing import Final
 
 import pytest
 
+from kit.peers import python_scripts
+
 ROOT: Final = Path(__file__).resolve().parent.parent
 
 LAYERS: Final = (
@@ -132,8 +134,7 @@ def bare_nbd_imports(path: Path) -> list[int]:
 
 
 def test_nobody_imports_a_folder_by_its_bare_name() -> None:
-    scripts = [path for path in (ROOT / "scripts").iterdir() if path.read_bytes().startswith(b"#!/usr/bin/env python")]
-    everything = [*sources(), *(ROOT / "tests").rglob("*.py"), *scripts]
+    everything = [*sources(), *(ROOT / "tests").rglob("*.py"), *python_scripts()]
     found = {
         str(path.relative_to(ROOT)): lines
         for path in everything

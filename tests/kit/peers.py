@@ -46,6 +46,12 @@ PACKAGES: Final[Mapping[str, str]] = {
 _PATH: Final = os.pathsep.join([os.environ.get("PATH", os.defpath), "/usr/local/sbin", "/usr/sbin", "/sbin"])
 
 
+def python_scripts() -> list[Path]:
+    """Every Python program below ``scripts/``, those without suffix included."""
+    files = [path for path in (ROOT / "scripts").rglob("*") if path.is_file() and path.suffix in ("", ".py")]
+    return sorted(path for path in files if path.suffix or path.read_bytes().startswith(b"#!/usr/bin/env python"))
+
+
 @functools.cache
 def peer(command: str) -> str:
     """The path of a peer's executable; fails the test if there is none."""
