@@ -8,7 +8,9 @@
     │   └── LockError         another process holds the image
     ├── NodeNotFound          QMP class GenericError or DeviceNotFound, as QEMU answers
     ├── DeviceNotFound        QMP class DeviceNotFound
-    └── CommandError          any other QMP class
+    ├── DeviceNotActive       QMP class DeviceNotActive
+    ├── CommandNotFound       QMP class CommandNotFound
+    └── ParameterError        an argument or option is missing, unexpected or of the wrong kind
 
 Failures of guest I/O are not here: they are `OSError` with an ``errno``, because that is what a guest, an NBD client
 and
@@ -77,3 +79,10 @@ class CommandNotFound(LiveDiskError):
     """No command of that name."""
 
     qmp_class: ClassVar[str] = "CommandNotFound"
+
+
+class ParameterError(LiveDiskError):
+    """An argument of a command or an option of the command line was refused before anything was done.
+
+    The text is that of QEMU's visitors; ``hint`` may list what would have been accepted.
+    """

@@ -1,0 +1,45 @@
+"""What a command is handed besides its arguments.
+
+`Daemon` is a typing Protocol, so that commands know what they may ask of the composition root
+(``emulator/daemon.py``) without importing it. Whoever writes commands that need more adds the member here, with its
+type, and the daemon provides it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    from livedisk.emulator.block.graph import Graph
+    from livedisk.emulator.qmp.events import EventHub
+    from livedisk.emulator.qmp.monitor import Monitor
+
+
+class Daemon(Protocol):
+    """The running emulator, as commands see it."""
+
+    @property
+    def name(self) -> str | None:
+        """The guest's name (``-name``), or None."""
+
+    @property
+    def graph(self) -> Graph:
+        """All block nodes."""
+
+    @property
+    def events(self) -> EventHub:
+        """Where events are emitted."""
+
+    def quit(self, reason: str) -> None:
+        """Ask the emulator to end, after the reply has been sent. ``reason`` is QAPI's ShutdownCause
+        (``host-qmp-quit``)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Context:
+    """One command's surroundings."""
+
+    daemon: Daemon
+    monitor: Monitor | None = None
+    """The monitor that the command came in by; None where a program or the command line runs it."""
