@@ -23,6 +23,7 @@ from typing import Any
 import msgspec
 
 from livedisk.emulator.block.backend import BlockBackend
+from livedisk.emulator.block.blockers import check_not_busy
 from livedisk.emulator.block.driver import driver_class
 from livedisk.emulator.block.node import Edge, Node, Parent
 from livedisk.emulator.block.options import BlockdevOptions, CacheOptions
@@ -93,6 +94,7 @@ class Graph:
         `release` it."""
         cls = driver_class(options.driver)
         node = Node(self, self._new_name(options.node_name), options)
+        node.opened_by, node.opened_role = parent, role
         self._settle_options(node, options, parent, role)
         node.driver = cls(node, options)
         self.nodes[node.name] = node
@@ -278,6 +280,9 @@ class Graph:
         node = self.nodes.get(name)
         if node is None:
             raise NodeNotFound(f"Failed to find node with node-name='{name}'")
+        if any(isinstance(edge.parent, BlockBackend) for edge in node.parents):
+            raise BlockError(f"Node {name} is in use")
+        check_not_busy(node)
         if not node.monitor_owned:
             raise BlockError(f"Node {name} is not owned by the monitor")
         if node.parents:

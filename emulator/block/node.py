@@ -112,7 +112,8 @@ class Node:
     ``discard``;
     ``detect_zeroes``; ``cache_direct``, ``cache_no_flush``; ``force_share``; ``implicit`` (made by a job, hidden from
     users);
-    ``monitor_owned`` (blockdev-add made it, so blockdev-del ends it); ``trackers``; ``wr_highest`` (largest byte
+    ``monitor_owned`` (blockdev-add made it, so blockdev-del ends it); ``opened_by`` and ``opened_role``: the node inside whose
+    options this one was described, whose settings it inherits where its own options are silent; ``trackers``; ``wr_highest`` (largest byte
     offset written to, exclusive).
     """
 
@@ -132,6 +133,8 @@ class Node:
         self.force_share = False
         self.implicit = False
         self.monitor_owned = False
+        self.opened_by: Node | None = None
+        self.opened_role = Role.NONE
         self.trackers: list[DirtyTracker] = []
         self.wr_highest = 0
         self.perm = Perm.NONE
