@@ -1,8 +1,9 @@
 """Operations that a node's users forbid, in QEMU's words (its "op blockers").
 
-Permissions say who may read, write and resize; some operations are refused beyond that. A backing file may not be resized, deleted,
-snapshotted or given another backing file name while an overlay stands on it: the overlay's guest would see it change. Streaming,
-committing into and backing up such a node stay allowed, so those do not ask here. Source: QEMU ``block.c``, bdrv_backing_attach.
+Permissions say who may read, write and resize; some operations are refused beyond that. A backing file may not be
+resized, deleted, snapshotted or given another backing file name while an overlay stands on it: the overlay's guest
+would see it change. Streaming, committing into and backing up such a node stay allowed, so those do not ask here.
+Source: QEMU ``block.c``, bdrv_backing_attach.
 """
 
 from __future__ import annotations

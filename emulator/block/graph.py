@@ -26,13 +26,12 @@ from livedisk.emulator.block.backend import BlockBackend
 from livedisk.emulator.block.blockers import check_not_busy
 from livedisk.emulator.block.driver import driver_class
 from livedisk.emulator.block.node import Edge, Node, Parent
-from livedisk.emulator.block.options import BlockdevOptions, CacheOptions
+from livedisk.emulator.block.options import BlockdevOptions
 from livedisk.emulator.block.permissions import Perm, Role, check_edges
+from livedisk.emulator.block.settings import Settings, settle
 from livedisk.emulator.block.transaction import Transaction
-from livedisk.emulator.block.types import DetectZeroes, Discard
 from livedisk.emulator.errors import BlockError, NodeNotFound
 
-UNSET = msgspec.UNSET
 _WELL_FORMED = re.compile(r"[A-Za-z][A-Za-z0-9._-]*\Z")
 MAX_NAME = 31
 """Characters in a node name (QEMU: sizeof node_name - 1)."""
@@ -95,7 +94,7 @@ class Graph:
         cls = driver_class(options.driver)
         node = Node(self, self._new_name(options.node_name), options)
         node.opened_by, node.opened_role = parent, role
-        self._settle_options(node, options, parent, role)
+        settle(options, Settings.of(parent) if parent is not None else None, role).apply(node)
         node.driver = cls(node, options)
         self.nodes[node.name] = node
         try:
@@ -113,23 +112,6 @@ class Graph:
             self._detach(edge)
             await self.release(edge.node)
         self.refresh_permissions()
-
-    def _settle_options(self, node: Node, options: BlockdevOptions, parent: Node | None, role: Role) -> None:
-        """Options as given, else inherited from the parent that describes this node, else QEMU's defaults."""
-        cache = options.cache if isinstance(options.cache, CacheOptions) else CacheOptions()
-        inherited = parent is not None
-        below_format = inherited and not role & Role.COW
-        node.cache_direct = _pick(cache.direct, parent.cache_direct if parent else False)
-        node.cache_no_flush = _pick(cache.no_flush, parent.cache_no_flush if parent else False)
-        node.force_share = _pick(options.force_share, parent.force_share if parent else False)
-        node.read_only = _pick(options.read_only, bool(role & Role.COW) or (parent.read_only if parent else False))
-        node.auto_read_only = _pick(options.auto_read_only, below_format)
-        node.discard_mode = _pick(options.discard, Discard.UNMAP if inherited else Discard.IGNORE)
-        node.detect_zeroes = _pick(options.detect_zeroes, DetectZeroes.OFF)
-        if node.detect_zeroes is DetectZeroes.UNMAP and node.discard_mode is not Discard.UNMAP:
-            raise BlockError("setting detect-zeroes to unmap is not allowed without setting discard operation to unmap")
-        if node.force_share and not node.read_only:
-            raise BlockError("force-share=on can only be used with read-only images")
 
     async def open_child(self, node: Node, ref: Any, name: str, role: Role) -> Edge:
         """Attach the child that ``ref`` gives: an existing node's name, or options of a node to open under ``node``."""
@@ -458,7 +440,3 @@ def _restore_node(node: Node, perm: Perm, shared: Perm) -> None:
 
 def _name_of(parent: Parent) -> str:
     return parent.name if isinstance(parent, Node) else parent.description
-
-
-def _pick(given: Any, default: Any) -> Any:
-    return default if given is UNSET else given

@@ -109,12 +109,10 @@ class Node:
     """A node of the graph. Made by `Graph`; never directly.
 
     Attributes: ``name``; ``driver``; ``options`` as given; ``children`` by edge name; ``parents``; ``read_only``;
-    ``discard``;
-    ``detect_zeroes``; ``cache_direct``, ``cache_no_flush``; ``force_share``; ``implicit`` (made by a job, hidden from
-    users);
-    ``monitor_owned`` (blockdev-add made it, so blockdev-del ends it); ``opened_by`` and ``opened_role``: the node inside whose
-    options this one was described, whose settings it inherits where its own options are silent; ``trackers``; ``wr_highest`` (largest byte
-    offset written to, exclusive).
+    ``discard``; ``detect_zeroes``; ``cache_direct``, ``cache_no_flush``; ``force_share``; ``implicit`` (made by a job,
+    hidden from users); ``monitor_owned`` (blockdev-add made it, so blockdev-del ends it); ``opened_by`` and
+    ``opened_role``: the node inside whose options this one was described, whose settings it inherits where its own
+    options are silent; ``trackers``; ``wr_highest`` (largest byte offset written to, exclusive).
     """
 
     def __init__(self, graph: Graph, name: str, options: BlockdevOptions) -> None:
