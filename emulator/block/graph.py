@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import random
 import re
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator
+from collections.abc import AsyncIterator, Callable, Collection, Iterable, Iterator
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -198,10 +198,7 @@ class Graph:
 
     def detach_child(self, edge: Edge, tran: Transaction | None = None) -> None:
         """Remove an edge between nodes. The child stays open: `release` it after the transaction."""
-        if edge.frozen:
-            raise BlockError(
-                f"Cannot change frozen '{edge.name}' link from '{_name_of(edge.parent)}' to '{edge.node.name}'"
-            )
+        _check_not_frozen(edge)
         assert isinstance(edge.parent, Node)
         place = edge.node.parents.index(edge)
         with _Nested(tran) as steps:
@@ -234,10 +231,7 @@ class Graph:
     def replace_edges(self, edges: list[Edge], new: Node, tran: Transaction | None = None) -> None:
         """Move edges to ``new`` in one step."""
         for edge in edges:
-            if edge.frozen:
-                raise BlockError(
-                    f"Cannot change frozen '{edge.name}' link from '{_name_of(edge.parent)}' to '{edge.node.name}'"
-                )
+            _check_not_frozen(edge)
             if edge.parent is new or (isinstance(edge.parent, Node) and edge.parent in self.below(new)):
                 raise BlockError(
                     f"Making '{new.name}' a {edge.name} child of '{_name_of(edge.parent)}' would create a cycle"
@@ -255,6 +249,35 @@ class Graph:
         edge.node = new
         new.parents.append(edge)
         edge.parent.child_replaced(edge)
+
+    def rewire(
+        self,
+        tran: Transaction,
+        *,
+        detach: Iterable[Edge] = (),
+        move: Iterable[tuple[Edge, Node]] = (),
+        attach: Iterable[tuple[Node, Node, str, Role]] = (),
+        closing: Collection[Node] = (),
+    ) -> None:
+        """Change several edges between nodes as one step: permissions are asked only of the outcome.
+
+        ``attach``: (parent, child, name, role). ``closing``: nodes that turn read-only in the same step. Raises
+        BlockError if an edge is frozen, PermissionConflict or LockError on a conflict; the caller's ``tran`` undoes.
+        """
+        for edge in detach:
+            _check_not_frozen(edge)
+            place = edge.node.parents.index(edge)
+            tran.add(abort=lambda edge=edge, place=place: self._reattach(edge, place))  # type: ignore[misc]
+            self._detach(edge)
+            edge.parent.child_replaced(edge)
+        for edge, new in move:
+            _check_not_frozen(edge)
+            tran.add(abort=lambda edge=edge, old=edge.node: self._move(edge, old))  # type: ignore[misc]
+            self._move(edge, new)
+        for parent, child, name, role in attach:
+            self._link(Edge(parent, child, name, role), tran)
+        self.refresh_permissions(tran, closing)
+        self.changed()
 
     # -- closing -----------------------------------------------------------------------------------------------------
     async def delete(self, name: str) -> None:
@@ -355,8 +378,10 @@ class Graph:
                 backend.unquiesce()
 
     # -- permissions -------------------------------------------------------------------------------------------------
-    def refresh_permissions(self, steps: Transaction | None = None) -> None:
+    def refresh_permissions(self, steps: Transaction | None = None, closing: Collection[Node] = ()) -> None:
         """Recompute every edge's permissions from the backends down; check; let drivers take or drop locks.
+
+        ``closing``: nodes that a reopen is just making read-only; a writer on them is told so.
 
         Raises PermissionConflict or LockError with everything as it was (the caller undoes its own change of
         structure).
@@ -372,7 +397,7 @@ class Graph:
                     perm |= wanted[edge][0]
                     shared &= wanted[edge][1]
                 check_edges(node.parents, wanted)
-                self._check_access(node, wanted)
+                self._check_access(node, wanted, closing)
                 for edge in node.children.values():
                     wanted[edge] = node.driver.child_perms(edge, perm, shared)
                 if (perm, shared) != (node.perm, node.shared):
@@ -390,9 +415,11 @@ class Graph:
                     _set_perms(edge, perm, shared)
                     tran.add(abort=lambda edge=edge, old=old: _set_perms(edge, *old))  # type: ignore[misc]
 
-    def _check_access(self, node: Node, wanted: dict[Edge, tuple[Perm, Perm]]) -> None:
-        needs_write = any(wanted[edge][0] & Perm.WRITE for edge in node.parents)
+    def _check_access(self, node: Node, wanted: dict[Edge, tuple[Perm, Perm]], closing: Collection[Node]) -> None:
+        needs_write = any(wanted[edge][0] & (Perm.WRITE | Perm.WRITE_UNCHANGED) for edge in node.parents)
         if needs_write and node.read_only and not node.auto_read_only:
+            if node in closing:
+                raise BlockError(f"Read-only block node '{node.name}' cannot support read-write users")
             raise BlockError("Block node is read-only")
 
     def _parents_first(self) -> Iterator[Node]:
@@ -427,6 +454,13 @@ class _Nested:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: Any) -> None:
         if self._outer is None:
             self._own.__exit__(kind, error, tb)
+
+
+def _check_not_frozen(edge: Edge) -> None:
+    if edge.frozen:
+        raise BlockError(
+            f"Cannot change frozen '{edge.name}' link from '{_name_of(edge.parent)}' to '{edge.node.name}'"
+        )
 
 
 def _set_perms(edge: Edge, perm: Perm, shared: Perm) -> None:
