@@ -12,7 +12,7 @@ from __future__ import annotations
 import errno
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from livedisk.emulator.block.options import BlockdevOptions
@@ -181,6 +181,15 @@ class Driver(ABC):
     def specific_info(self) -> Mapping[str, Any] | None:
         """ImageInfo's format-specific member: ``{"type": ..., "data": {...}}``."""
         return None
+
+    def dirty_flag(self) -> bool | None:
+        """Whether the image says of itself that it was not closed (ImageInfo's dirty-flag); None where there is no
+        image."""
+        return False
+
+    def snapshots(self) -> Sequence[Mapping[str, Any]]:
+        """The image's internal snapshots, each with the members of QEMU's SnapshotInfo."""
+        return ()
 
     async def allocated_size(self) -> int | None:
         """Bytes occupied on the host (ImageInfo's actual-size), or None where unknown."""

@@ -112,7 +112,8 @@ class Node:
     ``discard``; ``detect_zeroes``; ``cache_direct``, ``cache_no_flush``; ``force_share``; ``implicit`` (made by a job,
     hidden from users); ``monitor_owned`` (blockdev-add made it, so blockdev-del ends it); ``opened_by`` and
     ``opened_role``: the node inside whose options this one was described, whose settings it inherits where its own
-    options are silent; ``trackers``; ``wr_highest`` (largest byte offset written to, exclusive).
+    options are silent; ``trackers``; ``wr_highest`` (largest byte offset written to, exclusive);
+    ``write_threshold`` (bytes; a write beyond it is reported once, 0: none is asked for).
     """
 
     def __init__(self, graph: Graph, name: str, options: BlockdevOptions) -> None:
@@ -135,6 +136,7 @@ class Node:
         self.opened_role = Role.NONE
         self.trackers: list[DirtyTracker] = []
         self.wr_highest = 0
+        self.write_threshold = 0
         self.perm = Perm.NONE
         self.shared = Perm.ALL
         self._in_flight: list[_InFlight] = []
