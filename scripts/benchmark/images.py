@@ -1,7 +1,7 @@
 """The disks that are served: the same content as raw file, as one qcow2 image and as chains of 8 and 32.
 
-The content is random (nothing compresses, nothing is zero). In a chain every cluster lies in one image, chosen at random, so that a
-read has to look through half of the chain on average.
+The content is random (nothing compresses, nothing is zero). In a chain every cluster lies in one image, chosen at
+random, so that a read has to look through half of the chain on average.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ _STEP: Final = 1 << 20
 
 
 class Images:
-    """A folder of disks of ``size`` bytes, made on demand, removed at the end. ``parent`` says on which file system."""
+    """A folder of disks of ``size`` bytes, made on demand, removed at the end. ``parent`` says on which file
+    system."""
 
     def __init__(self, parent: Path | None, size: int) -> None:
         self.size = size
@@ -38,7 +39,8 @@ class Images:
         return self._made[disk]
 
     def warm(self, disk: Disk) -> None:
-        """Put the disk's files into the page cache, and what was written to them on the disk, so that no run pays for another."""
+        """Put the disk's files into the page cache, and what was written to them on the disk, so that no run pays
+        for another."""
         buffer = bytearray(_STEP)
         for path in self.files(disk):
             descriptor = os.open(path, os.O_RDONLY)

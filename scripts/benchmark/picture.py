@@ -1,7 +1,7 @@
 """The result as a drawing: per workload one bar a server, as long as its ratio to qemu-storage-daemon.
 
-Ratios, because the workloads' own figures lie a factor of thirty apart; the figure itself stands at the end of each bar. SVG written by
-hand needs no library, and a few lines of CSS make it fit a light page and a dark one.
+Ratios, because the workloads' own figures lie a factor of thirty apart; the figure itself stands at the end of each
+bar. SVG written by hand needs no library, and a few lines of CSS make it fit a light page and a dark one.
 """
 
 from __future__ import annotations
@@ -66,7 +66,8 @@ def draw(result: Result) -> str:
 
 
 def _lengths(result: Result, workload: Workload, order: list[str]) -> list[tuple[str, float, str]]:
-    """``(server, ratio, figure)`` of every server that was measured. Without the reference all are held to the first."""
+    """``(server, ratio, figure)`` of every server that was measured. Without the reference all are held to the
+    first."""
     measured = [(server, value) for server in order if (value := result.median(workload.name, server)) is not None]
     base = next((value for server, value in measured if server == _BASE), measured[0][1] if measured else 1.0)
     return [(server, value / base, figure(value, workload.unit)) for server, value in measured]
