@@ -42,7 +42,9 @@ class Graph:
 
     ``reserved``: callables that say whether a name is taken by something other than a node (a device); ``on_change``:
     called after any change of
-    structure.
+    structure; ``on_corruption``: told of damage found in an image at run time (node, text, offset and size in bytes or None,
+    whether the image is unusable now); ``parse_options``: turns the dict of a ``json:{...}`` filename into typed options (set by
+    the daemon: this layer knows nothing of QMP).
     """
 
     def __init__(self) -> None:
@@ -50,6 +52,8 @@ class Graph:
         self.backends: list[BlockBackend] = []
         self.reserved: list[Callable[[str], bool]] = []
         self.on_change: list[Callable[[], None]] = []
+        self.on_corruption: list[Callable[[Node, str, int | None, int | None, bool], None]] = []
+        self.parse_options: Callable[[dict[str, Any]], BlockdevOptions] | None = None
         self._serial = 0
 
     # -- names -----------------------------------------------------------------------------------------------------

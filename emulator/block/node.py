@@ -188,6 +188,10 @@ class Node:
         """Whether requests are in flight on this very node."""
         return bool(self._in_flight)
 
+    def requests_in_flight(self) -> frozenset[object]:
+        """The requests in flight now: storage that one of them may still use must outlive it."""
+        return frozenset(self._in_flight)
+
     @contextmanager
     def _registered(self, request: _InFlight) -> Iterator[None]:
         self._in_flight.append(request)
