@@ -1,0 +1,427 @@
+"""A virtio-blk device on a node: requests in, status out, under the run state and the error policy.
+
+Two ways in, over the same requests:
+
+* `VirtioBlk.submit` takes a request as the specification has it (type, sector, buffers) and answers a status byte: for a
+  transport, and for tests. It checks alignment, range and features.
+* `read`, `write`, ... take bytes and raise `OSError`: for an export of the device (``livedisk.emulator.exports``),
+  whose server has checked already. `try_read` and `try_write` are their fast path; while the device is held, or the
+  write cache is off, they decline.
+
+Invariants
+
+* While the device is held (`hold`, by the run state) no request is in its backend. Requests wait here, in order; so does
+  a request that failed under the policy ``stop``, which is tried again when the device is released. Nothing of a held
+  guest fails because it is held, unless its door is closed (`abandon`).
+* Every request ends in the statistics once: done, failed or invalid.
+
+Source: virtio 1.2, 5.2; QEMU ``hw/block/virtio-blk.c``, ``hw/block/block.c`` (blkconf_apply_backend_options).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import logging
+import os
+from collections.abc import Awaitable, Callable
+from typing import Final
+
+import msgspec
+
+from livedisk.emulator.block.backend import BlockBackend
+from livedisk.emulator.block.flatmap import MISS
+from livedisk.emulator.block.graph import Graph
+from livedisk.emulator.block.node import Node
+from livedisk.emulator.block.permissions import Perm
+from livedisk.emulator.block.types import ZeroFlags
+from livedisk.emulator.device.accounting import Accounting, FastPath, Kind
+from livedisk.emulator.device.events import BlockIoError, IoOperationType
+from livedisk.emulator.device.geometry import Geometry, guess
+from livedisk.emulator.device.options import DEFAULT_GRANULARITY, DeviceOptions, OnOffAuto, block_sizes
+from livedisk.emulator.device.policy import Action, OnError, action_for, settled
+from livedisk.emulator.device.runstate import RunState, State
+from livedisk.emulator.device.spec import (
+    ID_BYTES,
+    SECTOR,
+    SEGMENT,
+    WRITEBACK_OFFSET,
+    ConfigSpace,
+    Feature,
+    RequestType,
+    SegmentFlag,
+    Status,
+)
+
+log = logging.getLogger(__name__)
+
+_NOTHING: Final = memoryview(b"")
+_UNSUPPORTED: Final = (errno.ENOTSUP, errno.EOPNOTSUPP)
+
+
+class VirtioBlk:
+    """One emulated disk.
+
+    ``id``: as the user named it, or "". ``path``: its QOM path; ``backend_path``: that of the virtio part, by which
+    QEMU names the block device. ``backend``: where its requests enter the graph. ``accounting``: its statistics.
+    """
+
+    def __init__(
+        self,
+        graph: Graph,
+        run_state: RunState,
+        emit: Callable[[msgspec.Struct], None],
+        options: DeviceOptions,
+        path: str,
+    ) -> None:
+        self.options = options
+        self.id = options.id if isinstance(options.id, str) else ""
+        self.path = path
+        self.backend_path = f"{path}/virtio-backend"
+        self.backend = BlockBackend(graph, self.backend_path)
+        self.accounting = Accounting(
+            account_invalid=options.account_invalid is not OnOffAuto.OFF,
+            account_failed=options.account_failed is not OnOffAuto.OFF,
+        )
+        self.logical_block_size, self.physical_block_size = block_sizes(options)
+        self.rerror = settled(options.rerror, read=True)
+        self.werror = settled(options.werror, read=False)
+        self.write_cache = options.write_cache is not OnOffAuto.OFF
+        self.read_only = False
+        self.config_generation = 0
+        """Counts changes of the config space that a driver must notice (a resize)."""
+        self.geometry = Geometry(options.cyls, options.heads, options.secs)
+        self._graph = graph
+        self._run_state = run_state
+        self._emit = emit
+        self._failure: str | None = None
+        self._held = False
+        self._waiting: dict[asyncio.Future[None], object] = {}
+        self._counted_write = self.accounting.counted_write(self.backend.try_write)
+        self.try_read: FastPath = self.accounting.counted_read(self.backend.try_read)
+        self.try_write: FastPath = _declines
+        self._choose_write()
+        self.backend.on_resize.append(self._resized)
+
+    # -- life --------------------------------------------------------------------------------------------------------
+    async def realize(self, node: Node) -> None:
+        """Put the device on ``node`` and let it follow the run state. Raises PermissionConflict, LockError or
+        BlockError; then nothing is left behind."""
+        self.read_only = node.read_only
+        perm, shared = Perm.CONSISTENT_READ, Perm.CONSISTENT_READ | Perm.WRITE_UNCHANGED | Perm.RESIZE
+        if not self.read_only:
+            perm |= Perm.WRITE
+        if self.options.share_rw:
+            shared |= Perm.WRITE
+        self._graph.attach_root(self.backend, node, perm, shared)
+        if not any(self.geometry):
+            self.geometry = guess(self.size, await self._first_sector())
+        self._run_state.add(self)
+
+    async def unrealize(self) -> None:
+        """Let what is in flight end, flush, and take the device off its node. All doors are closed."""
+        self.backend.quiesce()
+        await self.backend.idle()
+        node = self.backend.node
+        try:
+            if not node.read_only:
+                await node.flush()
+        except OSError as error:
+            log.warning("device %s: flushing node '%s' failed: %s", self.path, node.name, error)
+        self._run_state.remove(self)
+        self.backend.unquiesce()
+        await self._graph.detach_root(self.backend)
+
+    async def _first_sector(self) -> bytes:
+        sector = bytearray(SECTOR)
+        if self.size >= SECTOR:
+            try:
+                await self.backend.read(0, memoryview(sector))
+            except OSError as error:
+                log.info("device %s: no geometry from the partition table: %s", self.path, error)
+        return bytes(sector)
+
+    def _resized(self) -> None:
+        self.config_generation += 1
+
+    # -- what a driver sees --------------------------------------------------------------------------------------------
+    @property
+    def size(self) -> int:
+        """Bytes that the guest can address: whole sectors."""
+        return self.backend.size // SECTOR * SECTOR
+
+    @property
+    def serial(self) -> str:
+        """As given; the guest sees its first 20 bytes."""
+        return self.options.serial if isinstance(self.options.serial, str) else ""
+
+    @property
+    def features(self) -> int:
+        """The feature bits offered (5.2.3)."""
+        options = self.options
+        offered = {
+            Feature.SEG_MAX: True,
+            Feature.GEOMETRY: True,
+            Feature.RO: self.read_only,
+            Feature.BLK_SIZE: True,
+            Feature.FLUSH: self.write_cache or options.config_wce,
+            Feature.TOPOLOGY: True,
+            Feature.CONFIG_WCE: options.config_wce,
+            Feature.MQ: self._queues > 1,
+            Feature.DISCARD: options.discard,
+            Feature.WRITE_ZEROES: options.write_zeroes,
+            Feature.VERSION_1: True,
+        }
+        return sum(1 << bit for bit, on in offered.items() if on)
+
+    @property
+    def _queues(self) -> int:
+        return 1 if self.options.num_queues == 0xFFFF else self.options.num_queues
+
+    def config(self) -> ConfigSpace:
+        """The config space as it stands (5.2.4); QEMU's virtio_blk_update_config."""
+        options, block = self.options, self.logical_block_size
+        granularity = options.discard_granularity
+        if granularity == DEFAULT_GRANULARITY or not options.report_discard_granularity:
+            granularity = block
+        track = self.geometry.sectors
+        if self.size // SECTOR % track:
+            # Some drivers reject a track that is no whole number of blocks.
+            track &= ~(block // SECTOR - 1)
+        return ConfigSpace(
+            capacity=self.size // SECTOR,
+            size_max=0,
+            seg_max=options.queue_size - 2 if options.seg_max_adjust else 126,
+            cylinders=self.geometry.cylinders,
+            heads=self.geometry.heads,
+            sectors=track,
+            blk_size=block,
+            physical_block_exp=(self.physical_block_size // block).bit_length() - 1,
+            alignment_offset=0,
+            min_io_size=options.min_io_size // block,
+            opt_io_size=options.opt_io_size // block,
+            writeback=self.write_cache,
+            num_queues=self._queues,
+            max_discard_sectors=options.max_discard_sectors if options.discard else 0,
+            max_discard_seg=1 if options.discard else 0,
+            discard_sector_alignment=granularity // SECTOR if options.discard else 0,
+            max_write_zeroes_sectors=options.max_write_zeroes_sectors if options.write_zeroes else 0,
+            max_write_zeroes_seg=1 if options.write_zeroes else 0,
+            write_zeroes_may_unmap=1 if options.write_zeroes else 0,
+        )
+
+    async def write_config(self, offset: int, data: bytes) -> None:
+        """A driver writes to the config space: ``writeback`` under CONFIG_WCE, nothing else (5.2.5.2).
+
+        Switching the cache off flushes first. Writes to other fields have no effect, as the specification says of
+        fields that are read-only for the driver.
+        """
+        inside = WRITEBACK_OFFSET - offset
+        if not self.options.config_wce or not 0 <= inside < len(data):
+            return
+        wanted = bool(data[inside])
+        if self.write_cache and not wanted:
+            await self.flush()
+        self.write_cache = wanted
+        self._choose_write()
+
+    def _choose_write(self) -> None:
+        """With the write cache off every write must reach stable storage, which cannot be done without blocking."""
+        self.try_write = self._counted_write if self.write_cache else _declines
+
+    # -- the run state's side (runstate.Guest) -------------------------------------------------------------------------
+    def hold(self) -> None:
+        """Start no request until `release`."""
+        self._held = True
+        self.backend.quiesce()
+
+    def release(self) -> None:
+        """Serve again; what waited goes first, in order. An error that stopped the guest is forgotten."""
+        self._held = False
+        self._failure = None
+        self.backend.unquiesce()
+        waiting, self._waiting = self._waiting, {}
+        for future in waiting:
+            if not future.done():
+                future.set_result(None)
+
+    async def idle(self) -> None:
+        """Wait until no request is in the backend."""
+        await self.backend.idle()
+
+    def abandon(self, door: object) -> None:
+        """Fail, with ESHUTDOWN, every request that waits here and came through ``door``, which closes: it cannot be
+        answered any more, and whoever closes the door must not wait for `release`."""
+        for future, owner in self._waiting.items():
+            if owner is door and not future.done():
+                future.set_exception(OSError(errno.ESHUTDOWN, os.strerror(errno.ESHUTDOWN)))
+
+    async def _enter(self, door: object) -> None:
+        while self._held:
+            future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+            self._waiting[future] = door
+            try:
+                await future
+            finally:
+                self._waiting.pop(future, None)
+
+    # -- requests in bytes ---------------------------------------------------------------------------------------------
+    async def _serve(self, kind: Kind, length: int, door: object, attempt: Callable[[], Awaitable[None]]) -> None:
+        """Run one request to its end under the error policy. Raises the OSError that is to be reported."""
+        started = self.accounting.start()
+        while True:
+            await self._enter(door)
+            try:
+                await attempt()
+            except OSError as error:
+                action = self._failed(error, read=kind is Kind.READ)
+                if action is Action.REPORT:
+                    self.accounting.failed(kind, started)
+                    raise
+                if action is Action.STOP:
+                    continue  # held now: waits in _enter
+            self.accounting.done(kind, length, started)
+            return
+
+    def _failed(self, error: OSError, *, read: bool) -> Action:
+        """Decide what the failure leads to, announce it, and stop the guest where the policy says so."""
+        number = error.errno or errno.EIO
+        action = action_for(self.rerror if read else self.werror, number)
+        root = self.backend.root
+        log.info("device %s: %s failed (%s): %s", self.path, "read" if read else "write", action, error)
+        if action is Action.STOP:
+            if self._failure is None:
+                self._failure = "nospace" if number == errno.ENOSPC else "failed"
+            self._run_state.stop_soon(State.IO_ERROR)
+        self._emit(
+            BlockIoError(
+                qom_path=self.backend_path,
+                device="",
+                node_name=root.node.name if root is not None else msgspec.UNSET,
+                operation=IoOperationType.READ if read else IoOperationType.WRITE,
+                action=action,
+                nospace=number == errno.ENOSPC if self._keeps_status else msgspec.UNSET,
+                reason=os.strerror(number),
+            )
+        )
+        return action
+
+    @property
+    def _keeps_status(self) -> bool:
+        return self.rerror is OnError.STOP or self.werror in (OnError.STOP, OnError.ENOSPC)
+
+    @property
+    def io_status(self) -> str | None:
+        """query-block's io-status: "ok", "failed" or "nospace"; None where no policy can stop the guest."""
+        return (self._failure or "ok") if self._keeps_status else None
+
+    async def read(self, offset: int, view: memoryview, door: object = None) -> None:
+        """Fill ``view`` from ``offset`` (bytes)."""
+        await self._serve(Kind.READ, len(view), door, lambda: self.backend.read(offset, view))
+
+    async def write(self, offset: int, data: memoryview, *, fua: bool = False, door: object = None) -> None:
+        """Write ``data`` at ``offset``; with ``fua``, or without write cache, it is on stable storage on return."""
+        through = fua or not self.write_cache
+        await self._serve(Kind.WRITE, len(data), door, lambda: self.backend.write(offset, data, fua=through))
+
+    async def flush(self, door: object = None) -> None:
+        """Put every acknowledged write on stable storage."""
+        await self._serve(Kind.FLUSH, 0, door, self.backend.flush)
+
+    async def discard(self, offset: int, length: int, *, fua: bool = False, door: object = None) -> None:
+        """Drop a range's storage."""
+        await self._serve(Kind.UNMAP, length, door, lambda: self.backend.discard(offset, length, fua=fua))
+
+    async def write_zeroes(
+        self, offset: int, length: int, flags: ZeroFlags = ZeroFlags.NONE, *, fua: bool = False, door: object = None
+    ) -> None:
+        """Zero a range. Under NO_FALLBACK raises ENOTSUP, which is an answer and no failure, where that is slow."""
+        through = fua or not self.write_cache
+        refused: list[OSError] = []
+
+        async def attempt() -> None:
+            try:
+                await self.backend.write_zeroes(offset, length, flags, fua=through)
+            except OSError as error:
+                if not flags & ZeroFlags.NO_FALLBACK or error.errno not in _UNSUPPORTED:
+                    raise
+                refused.append(error)
+
+        await self._serve(Kind.WRITE, length, door, attempt)
+        if refused:
+            raise refused[0]
+
+    # -- requests as the specification has them ------------------------------------------------------------------------
+    async def submit(self, kind: int, sector: int, data: memoryview = _NOTHING, into: memoryview = _NOTHING) -> Status:
+        """Serve one request: ``kind`` and ``sector`` of its header, the driver's bytes, the room for the device's.
+
+        ``data`` is the payload of OUT, or the segments of DISCARD and WRITE_ZEROES; ``into`` is filled by IN and
+        GET_ID. Returns the status byte.
+        """
+        try:
+            if kind == RequestType.IN:
+                return await self._in(sector, into)
+            if kind == RequestType.OUT:
+                return await self._out(sector, data)
+            if kind == RequestType.FLUSH:
+                await self.flush()
+                return Status.OK
+            if kind == RequestType.GET_ID:
+                serial = self.serial.encode(errors="surrogateescape")[:ID_BYTES].ljust(ID_BYTES, b"\0")
+                into[: min(len(into), ID_BYTES)] = serial[: len(into)]
+                return Status.OK
+            if kind in (RequestType.DISCARD, RequestType.WRITE_ZEROES):
+                return await self._segment(RequestType(kind), data)
+        except OSError:
+            return Status.IOERR
+        return Status.UNSUPP
+
+    def _addressable(self, sector: int, length: int) -> bool:
+        block = self.logical_block_size
+        start = sector * SECTOR
+        return not (start % block or length % block) and start + length <= self.size
+
+    async def _in(self, sector: int, into: memoryview) -> Status:
+        if not self._addressable(sector, len(into)):
+            self.accounting.invalid(Kind.READ)
+            return Status.IOERR
+        await self.read(sector * SECTOR, into)
+        return Status.OK
+
+    async def _out(self, sector: int, data: memoryview) -> Status:
+        if self.read_only or not self._addressable(sector, len(data)):
+            self.accounting.invalid(Kind.WRITE)
+            return Status.IOERR
+        await self.write(sector * SECTOR, data)
+        return Status.OK
+
+    async def _segment(self, kind: RequestType, data: memoryview) -> Status:
+        zeroes = kind is RequestType.WRITE_ZEROES
+        counted = Kind.WRITE if zeroes else Kind.UNMAP
+        offered = self.options.write_zeroes if zeroes else self.options.discard
+        # One segment a request, which is what max_*_seg says.
+        if not offered or len(data) != SEGMENT.size:
+            self.accounting.invalid(counted)
+            return Status.UNSUPP
+        sector, count, flags = SEGMENT.unpack(data)
+        most = self.options.max_write_zeroes_sectors if zeroes else self.options.max_discard_sectors
+        length = count * SECTOR
+        if self.read_only or count > most or not self._addressable(sector, length):
+            self.accounting.invalid(counted)
+            return Status.IOERR
+        if flags & ~SegmentFlag.UNMAP or (flags and not zeroes):
+            self.accounting.invalid(counted)
+            return Status.UNSUPP
+        if zeroes:
+            await self.write_zeroes(sector * SECTOR, length, ZeroFlags.MAY_UNMAP if flags else ZeroFlags.NONE)
+        else:
+            await self.discard(sector * SECTOR, length)
+        return Status.OK
+
+    def __repr__(self) -> str:
+        return f"<VirtioBlk {self.path}>"
+
+
+def _declines(offset: int, view: memoryview) -> int:
+    """A fast path that is closed."""
+    return MISS
