@@ -191,6 +191,10 @@ class Driver(ABC):
         """The image's internal snapshots, each with the members of QEMU's SnapshotInfo."""
         return ()
 
+    def specific_stats(self) -> Mapping[str, Any] | None:
+        """BlockStats' driver-specific member (``{"driver": ..., ...}``), or None."""
+        return None
+
     async def allocated_size(self) -> int | None:
         """Bytes occupied on the host (ImageInfo's actual-size), or None where unknown."""
         edge = self.node.children.get("file")

@@ -25,9 +25,10 @@ import errno
 import logging
 import os
 from collections.abc import Awaitable, Callable
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 import msgspec
+from msgspec import UNSET
 
 from livedisk.emulator.block.backend import BlockBackend
 from livedisk.emulator.block.flatmap import MISS
@@ -52,6 +53,9 @@ from livedisk.emulator.device.spec import (
     SegmentFlag,
     Status,
 )
+
+if TYPE_CHECKING:
+    from livedisk.emulator.qmp.query_block import BlockInfo
 
 log = logging.getLogger(__name__)
 
@@ -297,10 +301,10 @@ class VirtioBlk:
             BlockIoError(
                 qom_path=self.backend_path,
                 device="",
-                node_name=root.node.name if root is not None else msgspec.UNSET,
+                node_name=root.node.name if root is not None else UNSET,
                 operation=IoOperationType.READ if read else IoOperationType.WRITE,
                 action=action,
-                nospace=number == errno.ENOSPC if self._keeps_status else msgspec.UNSET,
+                nospace=number == errno.ENOSPC if self._keeps_status else UNSET,
                 reason=os.strerror(number),
             )
         )
@@ -314,6 +318,23 @@ class VirtioBlk:
     def io_status(self) -> str | None:
         """query-block's io-status: "ok", "failed" or "nospace"; None where no policy can stop the guest."""
         return (self._failure or "ok") if self._keeps_status else None
+
+    async def block_info(self) -> BlockInfo:
+        """This device's element of query-block."""
+        # Imported here: a device works without QMP.
+        from livedisk.emulator.qmp.query_block import BlockDeviceIoStatus, BlockInfo, node_info
+
+        info = await node_info(self.backend.node, deep=True, writeback=self.write_cache, skip_implicit=True)
+        status = self.io_status
+        return BlockInfo(
+            device="",
+            qdev=self.backend_path,
+            type="unknown",
+            removable=False,
+            locked=False,
+            inserted=info,
+            io_status=UNSET if status is None else BlockDeviceIoStatus(status),
+        )
 
     async def read(self, offset: int, view: memoryview, door: object = None) -> None:
         """Fill ``view`` from ``offset`` (bytes)."""

@@ -12,6 +12,9 @@ from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
     from livedisk.emulator.block.graph import Graph
+    from livedisk.emulator.device.runstate import RunState
+    from livedisk.emulator.device.tree import DeviceTree
+    from livedisk.emulator.exports.exports import BlockExports
     from livedisk.emulator.qmp.events import EventHub
     from livedisk.emulator.qmp.monitor import Monitor
 
@@ -30,6 +33,18 @@ class Daemon(Protocol):
     @property
     def events(self) -> EventHub:
         """Where events are emitted."""
+
+    @property
+    def devices(self) -> DeviceTree:
+        """The emulated disks."""
+
+    @property
+    def run_state(self) -> RunState:
+        """Whether the guest runs."""
+
+    @property
+    def exports(self) -> BlockExports:
+        """The NBD server and what it serves."""
 
     def quit(self, reason: str) -> None:
         """Ask the emulator to end, after the reply has been sent. ``reason`` is QAPI's ShutdownCause
