@@ -8,15 +8,17 @@ type, and the daemon provides it.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
     from livedisk.emulator.block.graph import Graph
+    from livedisk.emulator.block.options import BlockdevOptions
     from livedisk.emulator.device.runstate import RunState
     from livedisk.emulator.device.tree import DeviceTree
     from livedisk.emulator.exports.exports import BlockExports
     from livedisk.emulator.qmp.events import EventHub
     from livedisk.emulator.qmp.monitor import Monitor
+    from livedisk.emulator.qmp.object_commands import Objects
 
 
 class Daemon(Protocol):
@@ -45,6 +47,17 @@ class Daemon(Protocol):
     @property
     def exports(self) -> BlockExports:
         """The NBD server and what it serves."""
+
+    @property
+    def objects(self) -> Objects:
+        """What object-add made."""
+
+    @property
+    def uuid(self) -> str:
+        """The guest's UUID (``-uuid``), in lower case; all zeroes where none was given."""
+
+    def parse_options(self, options: dict[str, Any]) -> BlockdevOptions:
+        """Options of a node, as JSON has them, checked and typed. Raises ParameterError."""
 
     def quit(self, reason: str) -> None:
         """Ask the emulator to end, after the reply has been sent. ``reason`` is QAPI's ShutdownCause
