@@ -1,0 +1,399 @@
+"""The guided tour behind ``scripts/quickstart``: a disk that is snapshotted while a client writes, and not a byte is lost.
+
+What happens, all of it real and on files in a temporary folder:
+
+1. A chain of two qcow2 images is made, and ``livedisk daemon`` started on it: a virtio-blk device, a QMP socket, an NBD server.
+2. An embedded NBD client attaches to the guest's door and writes, zeroes, reads and compares without pause.
+3. Over QMP the disk is snapshotted live, several times. For each snapshot the tour notes what the disk held at that moment.
+4. The client stops and flushes. Every byte is compared: of the disk, and of every snapshot, each through an export of its own.
+5. The daemon is killed with SIGKILL and started again from the files. Every byte is compared once more.
+
+Exit code 0 only if all of it held.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import random
+import shutil
+import struct
+import sys
+import tempfile
+import time
+from array import array
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final
+
+import click
+from rich.console import Console, Group
+from rich.live import Live
+from rich.panel import Panel
+from rich.table import Table
+from rich.text import Text
+
+from livedisk.emulator.drivers.qcow2.create import CreateOptions, create_file
+from livedisk.emulator.qmp.client import QmpClient
+from livedisk.nbd.client import NbdClient
+
+BLOCK: Final = 4096
+STEP: Final = 1 << 20
+_CONTENT = struct.Struct("<QQ")
+
+
+class TourFailed(Exception):
+    """Something did not hold. The text says what."""
+
+
+def content_of(block: int, number: int) -> bytes:
+    """What write ``number`` leaves in ``block``: both numbers, over and over; number 0 is zeroes."""
+    return bytes(BLOCK) if number == 0 else _CONTENT.pack(block, number) * (BLOCK // _CONTENT.size)
+
+
+@dataclass
+class Moment:
+    """What the disk may hold in a snapshot: per block the write that was acknowledged before the command was sent, or one of those
+    that were under way or came while it ran."""
+
+    node: str
+    certain: array[int]
+    possible: dict[int, set[int]]
+
+    def allows(self, block: int, number: int) -> bool:
+        return number == self.certain[block] or number in self.possible.get(block, ())
+
+
+class Client:
+    """The embedded client: ``depth`` requests in flight at random, at most one on a block, and the model they are checked with."""
+
+    def __init__(self, nbd: NbdClient, depth: int, seed: int) -> None:
+        self.nbd = nbd
+        self.blocks = nbd.info.size // BLOCK
+        self.model = array("Q", bytes(8 * self.blocks))
+        self.written = self.verified = 0
+        self._depth = depth
+        self._random = random.Random(seed)
+        self._numbers = 0
+        self._under_way: dict[int, int | None] = {}
+        self._moments: list[Moment] = []
+        self._running = True
+
+    async def run(self) -> None:
+        """Keep going until `stop`, then wait for what is in flight and flush. Raises OSError or `TourFailed`."""
+        async with asyncio.TaskGroup() as group:
+            for _ in range(self._depth):
+                group.create_task(self._requests())
+        await self.nbd.flush()
+
+    def stop(self) -> None:
+        self._running = False
+
+    async def _requests(self) -> None:
+        while self._running:
+            block = self._random.randrange(self.blocks)
+            if block in self._under_way:
+                continue
+            choice = self._random.random()
+            if choice < 0.3:
+                await self._read(block)
+            else:
+                await self._write(block, zeroes=choice > 0.95)
+
+    async def _read(self, block: int) -> None:
+        self._under_way[block] = None
+        data = await self.nbd.read(block * BLOCK, BLOCK)
+        if data != content_of(block, self.model[block]):
+            raise TourFailed(f"block {block} does not read back as it was written")
+        del self._under_way[block]
+        self.verified += BLOCK
+
+    async def _write(self, block: int, *, zeroes: bool) -> None:
+        if not zeroes:
+            self._numbers += 1
+        number = 0 if zeroes else self._numbers
+        self._under_way[block] = number
+        for moment in self._moments:
+            moment.possible.setdefault(block, set()).add(number)
+        if zeroes:
+            await self.nbd.write_zeroes(block * BLOCK, BLOCK)
+        else:
+            await self.nbd.write(block * BLOCK, content_of(block, number))
+        self.model[block] = number
+        del self._under_way[block]
+        self.written += BLOCK
+
+    @contextlib.contextmanager
+    def moment(self, node: str) -> Any:
+        """Note what the disk may hold if it is frozen between here and the end of the block."""
+        possible = {block: {number} for block, number in self._under_way.items() if number is not None}
+        moment = Moment(node, self.model[:], possible)
+        self._moments.append(moment)
+        try:
+            yield moment
+        finally:
+            self._moments.remove(moment)
+
+
+@dataclass
+class Screen:
+    """What is shown: the chain, figures, and the latest events. On a terminal it is drawn over and over, elsewhere printed as lines."""
+
+    console: Console
+    chain: list[str] = field(default_factory=list)
+    figures: dict[str, str] = field(default_factory=dict)
+    lines: list[Text] = field(default_factory=list)
+    started: float = field(default_factory=time.monotonic)
+
+    def tell(self, text: str, style: str = "") -> None:
+        line = Text.assemble((f"{time.monotonic() - self.started:5.1f} s  ", "dim"), (text, style))
+        self.lines.append(line)
+        if not self.console.is_terminal:
+            self.console.print(line, soft_wrap=True)
+
+    def __rich__(self) -> Panel:
+        boxes = Text("  ⟵  ").join(
+            Text(f" {name} ", "reverse bold cyan" if name == self.chain[-1] else "reverse blue") for name in self.chain
+        )
+        figures = Table.grid(padding=(0, 3))
+        figures.add_row(*(Text.assemble((f"{name} ", "dim"), (value, "bold")) for name, value in self.figures.items()))
+        height = max(6, self.console.height - 14)
+        return Panel(
+            Group(Text("the guest writes to the right-most image; the others are frozen\n", "dim"), boxes, Text(""), figures)
+            if not self.lines
+            else Group(boxes, Text(""), figures, Text(""), *self.lines[-height:]),
+            title="livedisk: snapshots of a disk in use",
+            border_style="cyan",
+        )
+
+
+@dataclass
+class Daemon:
+    """A running ``livedisk daemon`` in ``folder`` with the image ``top`` as the guest's disk."""
+
+    process: asyncio.subprocess.Process
+    qmp: QmpClient
+    nbd_socket: str
+
+    @classmethod
+    async def start(cls, folder: Path, top: Path, node: str) -> Daemon:
+        """Raises `TourFailed` with what the daemon printed if it does not come up."""
+        qmp_socket, nbd_socket = folder / "qmp", folder / "nbd"
+        log = folder / "daemon.log"
+        for path in (qmp_socket, nbd_socket):
+            path.unlink(missing_ok=True)
+        command = [
+            *(str(Path(sys.executable).with_name("livedisk")), "daemon"),
+            *("--blockdev", f"driver=qcow2,node-name={node},file.driver=file,file.filename={top}"),
+            *("--device", f"virtio-blk,drive={node},id=virtio0"),
+            *("--nbd-server", f"addr.type=unix,addr.path={nbd_socket}"),
+            *("-qmp", f"unix:{qmp_socket},server=on,wait=off"),
+        ]
+        with log.open("ab") as output:
+            process = await asyncio.create_subprocess_exec(
+                *command, stdin=asyncio.subprocess.DEVNULL, stdout=output, stderr=output
+            )
+        try:
+            qmp = await _connected(process, qmp_socket)
+            await qmp.call("nbd-server-add", {"device": "virtio0", "name": "guest", "writable": True})
+        except BaseException as error:
+            await _ended(process)
+            if isinstance(error, Exception):
+                raise TourFailed(f"livedisk daemon did not start: {error}\n{log.read_text()}") from error
+            raise
+        return cls(process, qmp, str(nbd_socket))
+
+    async def kill(self) -> None:
+        """SIGKILL: the daemon gets no chance to tidy up."""
+        await self.qmp.close()
+        await _ended(self.process)
+
+    async def quit(self) -> None:
+        """End in order. Raises `TourFailed` if the daemon does not end well."""
+        await self.qmp.call("quit")
+        await self.qmp.close()
+        if code := await asyncio.wait_for(self.process.wait(), 10):
+            raise TourFailed(f"livedisk daemon ended with exit code {code}")
+
+    @contextlib.asynccontextmanager
+    async def client(self, export: str) -> AsyncIterator[NbdClient]:
+        client = await NbdClient.connect_unix(self.nbd_socket, export)
+        try:
+            yield client
+        finally:
+            client.abort()
+
+
+async def _connected(process: asyncio.subprocess.Process, path: Path) -> QmpClient:
+    for _ in range(1000):
+        if path.exists():
+            with contextlib.suppress(ConnectionError):
+                return await QmpClient.connect(str(path))
+        if process.returncode is not None:
+            raise TourFailed(f"exit code {process.returncode}")
+        await asyncio.sleep(0.01)
+    raise TourFailed(f"nobody listens on {path}")
+
+
+async def _ended(process: asyncio.subprocess.Process) -> None:
+    if process.returncode is None:
+        process.kill()
+    await process.wait()
+
+
+async def contents(nbd: NbdClient) -> AsyncIterator[tuple[int, int]]:
+    """``(block, number)`` of every block of an export. Raises `TourFailed` for one that no write can have left."""
+    for offset in range(0, nbd.info.size, STEP):
+        data = await nbd.read(offset, STEP)
+        for at in range(0, STEP, BLOCK):
+            block = (offset + at) // BLOCK
+            found = data[at : at + BLOCK]
+            number = _CONTENT.unpack_from(found)[1]
+            if found != content_of(block, number):
+                raise TourFailed(f"block {block} is torn, or another block's")
+            yield block, number
+
+
+class Tour:
+    """The tour's acts, in order. ``seconds`` is how long the client writes, ``snapshots`` how many are taken meanwhile."""
+
+    def __init__(self, folder: Path, screen: Screen, size: int, snapshots: int, seconds: float) -> None:
+        self.folder = folder
+        self.screen = screen
+        self.size = size
+        self.snapshots = snapshots
+        self.seconds = seconds
+        self.moments: list[Moment] = []
+
+    def image(self, number: int) -> Path:
+        return self.folder / f"disk-{number}.qcow2"
+
+    async def run(self) -> None:
+        """All acts. Raises `TourFailed` as soon as something does not hold."""
+        await self.make_chain()
+        daemon = await Daemon.start(self.folder, self.image(1), "disk-1")
+        try:
+            self.screen.tell("livedisk daemon runs: a virtio-blk device, QMP, and the guest's door over NBD", "green")
+            model = await self.write_and_snapshot(daemon)
+            await self.verify(daemon, "guest", "the disk", model)
+            await self.verify_snapshots(daemon)
+            await daemon.kill()
+            self.screen.tell("kill -9 of the daemon, and again from the files", "yellow")
+            daemon = await Daemon.start(self.folder, self.image(self.snapshots + 1), "again")
+            await self.verify(daemon, "guest", "the disk after the kill", model)
+            await daemon.quit()
+        finally:
+            await _ended(daemon.process)
+
+    async def make_chain(self) -> None:
+        """Two images, the upper one on the lower: what the guest starts on."""
+        base = self.image(0)
+        await create_file(str(base), CreateOptions(size=self.size))
+        await create_file(
+            str(self.image(1)), CreateOptions(size=self.size, backing_file=str(base), backing_fmt="qcow2")
+        )
+        self.screen.chain = ["disk-0", "disk-1"]
+        self.screen.tell(f"made a chain of two qcow2 images of {self.size >> 20} MiB in {self.folder}")
+
+    async def write_and_snapshot(self, daemon: Daemon) -> array[int]:
+        """The client writes; meanwhile the snapshots are taken. Returns what the disk holds in the end."""
+        async with daemon.client("guest") as nbd:
+            client = Client(nbd, depth=16, seed=1)
+            async with asyncio.TaskGroup() as group:
+                group.create_task(client.run())
+                figures = group.create_task(self.show_figures(client))
+                self.screen.tell("the client writes, zeroes, reads and compares without pause")
+                pause = self.seconds / (self.snapshots + 1)
+                for number in range(2, self.snapshots + 2):
+                    await asyncio.sleep(pause)
+                    await self.snapshot(daemon, client, number)
+                await asyncio.sleep(pause)
+                client.stop()
+                figures.cancel()
+            self.screen.tell("the client stopped and flushed")
+            return client.model
+
+    async def snapshot(self, daemon: Daemon, client: Client, number: int) -> None:
+        below, above = f"disk-{number - 1}", f"disk-{number}"
+        written, started = client.written, time.perf_counter()
+        with client.moment(below) as moment:
+            await daemon.qmp.call(
+                "blockdev-snapshot-sync",
+                {"node-name": below, "snapshot-node-name": above, "snapshot-file": str(self.image(number)), "format": "qcow2"},
+            )
+        took = (time.perf_counter() - started) * 1000
+        self.moments.append(moment)
+        self.screen.chain.append(above)
+        during = (client.written - written) // BLOCK
+        self.screen.tell(f"blockdev-snapshot-sync {below} ⟵ {above}: {took:.0f} ms, {during} writes meanwhile", "cyan")
+
+    async def show_figures(self, client: Client) -> None:
+        before, then = 0, time.monotonic()
+        while True:
+            await asyncio.sleep(0.25)
+            now = time.monotonic()
+            done = (client.written + client.verified) // BLOCK
+            self.screen.figures = {
+                "written": f"{client.written / 1e6:.0f} MB",
+                "read and compared": f"{client.verified / 1e6:.0f} MB",
+                "requests/s": f"{(done - before) / (now - then):.0f}",
+            }
+            before, then = done, now
+
+    async def verify(self, daemon: Daemon, export: str, what: str, model: array[int]) -> None:
+        """Every byte of an export is what the model says."""
+        async with daemon.client(export) as nbd:
+            async for block, number in contents(nbd):
+                if number != model[block]:
+                    raise TourFailed(f"{what}: block {block} holds write {number}, not {model[block]}")
+        self.screen.tell(f"verified {what}: all {self.size >> 20} MiB as written", "green")
+
+    async def verify_snapshots(self, daemon: Daemon) -> None:
+        """Every frozen image is the disk of its moment, seen through an export of its own."""
+        for moment in self.moments:
+            await daemon.qmp.call("nbd-server-add", {"device": moment.node, "name": moment.node})
+            async with daemon.client(moment.node) as nbd:
+                async for block, number in contents(nbd):
+                    if not moment.allows(block, number):
+                        raise TourFailed(f"snapshot {moment.node}: block {block} holds write {number}, which is not of its moment")
+            await daemon.qmp.call("nbd-server-remove", {"name": moment.node, "mode": "hard"})
+            self.screen.tell(f"verified snapshot {moment.node}: all {self.size >> 20} MiB of its moment", "green")
+
+
+@click.command(context_settings={"help_option_names": ["-h", "--help"]})
+@click.option("--seconds", default=8.0, show_default=True, type=click.FloatRange(min=0.5), help="How long the client writes.")
+@click.option("--snapshots", default=4, show_default=True, type=click.IntRange(1, 30), help="Live snapshots meanwhile.")
+@click.option("--size", default=64, show_default=True, type=click.IntRange(1, 4096), help="MiB of the disk.")
+@click.option("--keep", type=click.Path(file_okay=False, path_type=Path), help="Make the images in this folder and keep them.")
+def main(seconds: float, snapshots: int, size: int, keep: Path | None) -> None:
+    """Snapshot a disk live while a client writes to it, and verify every byte."""
+    console = Console(highlight=False)
+    folder = keep or Path(tempfile.mkdtemp(prefix="livedisk-", dir="/tmp"))
+    folder.mkdir(parents=True, exist_ok=True)
+    screen = Screen(console)
+    tour = Tour(folder.absolute(), screen, size << 20, snapshots, seconds)
+    with Live(screen, console=console, refresh_per_second=8) if console.is_terminal else contextlib.nullcontext():
+        try:
+            asyncio.run(tour.run())
+        except* (TourFailed, OSError) as failures:
+            reason = _first(failures)
+            screen.tell(f"FAILED: {reason}", "bold red")
+    if "reason" in locals():
+        console.print(f"The images and the daemon's log are in {folder}", style="red")
+        raise SystemExit(1)
+    screen.console.print(f"Nothing was lost: {snapshots} live snapshots under load, one kill -9, every byte verified.", style="bold green")
+    if keep is None:
+        shutil.rmtree(folder)
+    console.print("Next: livedisk serve --help, livedisk daemon --help, livedisk qmp --help (in .quickstart/bin).")
+
+
+def _first(failures: BaseExceptionGroup[Any]) -> BaseException:
+    error: BaseException = failures
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    return error
+
+
+if __name__ == "__main__":
+    main()
