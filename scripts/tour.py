@@ -1,12 +1,14 @@
-"""The guided tour behind ``scripts/quickstart``: a disk that is snapshotted while a client writes, and not a byte is lost.
+"""The guided tour behind ``scripts/quickstart``: a disk that is snapshotted while a client writes, and not a byte is
+lost.
 
 What happens, all of it real and on files in a temporary folder:
 
-1. A chain of two qcow2 images is made, and ``livedisk daemon`` started on it: a virtio-blk device, a QMP socket, an NBD server.
-2. An embedded NBD client attaches to the guest's door and writes, zeroes, reads and compares without pause.
-3. Over QMP the disk is snapshotted live, several times. For each snapshot the tour notes what the disk held at that moment.
-4. The client stops and flushes. Every byte is compared: of the disk, and of every snapshot, each through an export of its own.
-5. The daemon is killed with SIGKILL and started again from the files. Every byte is compared once more.
+1. A chain of two qcow2 images is made, and ``livedisk daemon`` started on it: a virtio-blk device, a QMP socket, an
+NBD server. 2. An embedded NBD client attaches to the guest's door and writes, zeroes, reads and compares without
+pause. 3. Over QMP the disk is snapshotted live, several times. For each snapshot the tour notes what the disk held
+at that moment. 4. The client stops and flushes. Every byte is compared: of the disk, and of every snapshot, each
+through an export of its own. 5. The daemon is killed with SIGKILL and started again from the files. Every byte is
+compared once more.
 
 Exit code 0 only if all of it held.
 """
@@ -16,7 +18,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import random
-import shutil
 import struct
 import sys
 import tempfile
@@ -35,7 +36,8 @@ from rich.table import Table
 from rich.text import Text
 
 from livedisk.emulator.drivers.qcow2.create import CreateOptions, create_file
-from livedisk.emulator.qmp.client import QmpClient
+from livedisk.emulator.errors import LiveDiskError
+from livedisk.emulator.qmp.client import ConnectionLost, QmpClient
 from livedisk.nbd.client import NbdClient
 
 BLOCK: Final = 4096
@@ -54,8 +56,8 @@ def content_of(block: int, number: int) -> bytes:
 
 @dataclass
 class Moment:
-    """What the disk may hold in a snapshot: per block the write that was acknowledged before the command was sent, or one of those
-    that were under way or came while it ran."""
+    """What the disk may hold in a snapshot: per block the write that was acknowledged before the command was sent,
+    or one of those that were under way or came while it ran."""
 
     node: str
     certain: array[int]
@@ -66,7 +68,8 @@ class Moment:
 
 
 class Client:
-    """The embedded client: ``depth`` requests in flight at random, at most one on a block, and the model they are checked with."""
+    """The embedded client: ``depth`` requests in flight at random, at most one on a block, and the model they are
+    checked with."""
 
     def __init__(self, nbd: NbdClient, depth: int, seed: int) -> None:
         self.nbd = nbd
@@ -138,7 +141,8 @@ class Client:
 
 @dataclass
 class Screen:
-    """What is shown: the chain, figures, and the latest events. On a terminal it is drawn over and over, elsewhere printed as lines."""
+    """What is shown: the chain, figures, and the latest events. On a terminal it is drawn over and over, elsewhere
+    printed as lines."""
 
     console: Console
     chain: list[str] = field(default_factory=list)
@@ -160,7 +164,12 @@ class Screen:
         figures.add_row(*(Text.assemble((f"{name} ", "dim"), (value, "bold")) for name, value in self.figures.items()))
         height = max(6, self.console.height - 14)
         return Panel(
-            Group(Text("the guest writes to the right-most image; the others are frozen\n", "dim"), boxes, Text(""), figures)
+            Group(
+                Text("the guest writes to the right-most image; the others are frozen\n", "dim"),
+                boxes,
+                Text(""),
+                figures,
+            )
             if not self.lines
             else Group(boxes, Text(""), figures, Text(""), *self.lines[-height:]),
             title="livedisk: snapshots of a disk in use",
@@ -170,7 +179,7 @@ class Screen:
 
 @dataclass
 class Daemon:
-    """A running ``livedisk daemon`` in ``folder`` with the image ``top`` as the guest's disk."""
+    """A running ``livedisk daemon``; its sockets lie in a folder with a short path."""
 
     process: asyncio.subprocess.Process
     qmp: QmpClient
@@ -178,7 +187,8 @@ class Daemon:
 
     @classmethod
     async def start(cls, folder: Path, top: Path, node: str) -> Daemon:
-        """Raises `TourFailed` with what the daemon printed if it does not come up."""
+        """Serve the image ``top`` as the guest's disk, its node named ``node``. Raises `TourFailed` with what the
+        daemon printed if it does not come up."""
         qmp_socket, nbd_socket = folder / "qmp", folder / "nbd"
         log = folder / "daemon.log"
         for path in (qmp_socket, nbd_socket):
@@ -228,7 +238,7 @@ class Daemon:
 async def _connected(process: asyncio.subprocess.Process, path: Path) -> QmpClient:
     for _ in range(1000):
         if path.exists():
-            with contextlib.suppress(ConnectionError):
+            with contextlib.suppress(ConnectionLost):
                 return await QmpClient.connect(str(path))
         if process.returncode is not None:
             raise TourFailed(f"exit code {process.returncode}")
@@ -256,10 +266,14 @@ async def contents(nbd: NbdClient) -> AsyncIterator[tuple[int, int]]:
 
 
 class Tour:
-    """The tour's acts, in order. ``seconds`` is how long the client writes, ``snapshots`` how many are taken meanwhile."""
+    """The tour's acts, in order. Images lie in ``folder``, sockets in ``run_folder``; ``seconds`` is how long the
+    client writes, ``snapshots`` how many are taken meanwhile."""
 
-    def __init__(self, folder: Path, screen: Screen, size: int, snapshots: int, seconds: float) -> None:
+    def __init__(
+        self, folder: Path, run_folder: Path, screen: Screen, size: int, snapshots: int, seconds: float
+    ) -> None:
         self.folder = folder
+        self.run_folder = run_folder
         self.screen = screen
         self.size = size
         self.snapshots = snapshots
@@ -272,7 +286,7 @@ class Tour:
     async def run(self) -> None:
         """All acts. Raises `TourFailed` as soon as something does not hold."""
         await self.make_chain()
-        daemon = await Daemon.start(self.folder, self.image(1), "disk-1")
+        daemon = await Daemon.start(self.run_folder, self.image(1), "disk-1")
         try:
             self.screen.tell("livedisk daemon runs: a virtio-blk device, QMP, and the guest's door over NBD", "green")
             model = await self.write_and_snapshot(daemon)
@@ -280,7 +294,7 @@ class Tour:
             await self.verify_snapshots(daemon)
             await daemon.kill()
             self.screen.tell("kill -9 of the daemon, and again from the files", "yellow")
-            daemon = await Daemon.start(self.folder, self.image(self.snapshots + 1), "again")
+            daemon = await Daemon.start(self.run_folder, self.image(self.snapshots + 1), "again")
             await self.verify(daemon, "guest", "the disk after the kill", model)
             await daemon.quit()
         finally:
@@ -320,7 +334,12 @@ class Tour:
         with client.moment(below) as moment:
             await daemon.qmp.call(
                 "blockdev-snapshot-sync",
-                {"node-name": below, "snapshot-node-name": above, "snapshot-file": str(self.image(number)), "format": "qcow2"},
+                {
+                    "node-name": below,
+                    "snapshot-node-name": above,
+                    "snapshot-file": str(self.image(number)),
+                    "format": "qcow2",
+                },
             )
         took = (time.perf_counter() - started) * 1000
         self.moments.append(moment)
@@ -356,40 +375,51 @@ class Tour:
             async with daemon.client(moment.node) as nbd:
                 async for block, number in contents(nbd):
                     if not moment.allows(block, number):
-                        raise TourFailed(f"snapshot {moment.node}: block {block} holds write {number}, which is not of its moment")
+                        raise TourFailed(
+                            f"snapshot {moment.node}: block {block} holds write {number}, not of its moment"
+                        )
             await daemon.qmp.call("nbd-server-remove", {"name": moment.node, "mode": "hard"})
             self.screen.tell(f"verified snapshot {moment.node}: all {self.size >> 20} MiB of its moment", "green")
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
-@click.option("--seconds", default=8.0, show_default=True, type=click.FloatRange(min=0.5), help="How long the client writes.")
+@click.option(
+    "--seconds", default=8.0, show_default=True, type=click.FloatRange(min=0.5), help="How long the client writes."
+)
 @click.option("--snapshots", default=4, show_default=True, type=click.IntRange(1, 30), help="Live snapshots meanwhile.")
 @click.option("--size", default=64, show_default=True, type=click.IntRange(1, 4096), help="MiB of the disk.")
-@click.option("--keep", type=click.Path(file_okay=False, path_type=Path), help="Make the images in this folder and keep them.")
+@click.option(
+    "--keep", type=click.Path(file_okay=False, path_type=Path), help="Make the images in this folder and keep them."
+)
 def main(seconds: float, snapshots: int, size: int, keep: Path | None) -> None:
     """Snapshot a disk live while a client writes to it, and verify every byte."""
     console = Console(highlight=False)
-    folder = keep or Path(tempfile.mkdtemp(prefix="livedisk-", dir="/tmp"))
-    folder.mkdir(parents=True, exist_ok=True)
     screen = Screen(console)
-    tour = Tour(folder.absolute(), screen, size << 20, snapshots, seconds)
-    with Live(screen, console=console, refresh_per_second=8) if console.is_terminal else contextlib.nullcontext():
-        try:
-            asyncio.run(tour.run())
-        except* (TourFailed, OSError) as failures:
-            reason = _first(failures)
-            screen.tell(f"FAILED: {reason}", "bold red")
-    if "reason" in locals():
-        console.print(f"The images and the daemon's log are in {folder}", style="red")
-        raise SystemExit(1)
-    screen.console.print(f"Nothing was lost: {snapshots} live snapshots under load, one kill -9, every byte verified.", style="bold green")
-    if keep is None:
-        shutil.rmtree(folder)
+    with tempfile.TemporaryDirectory(prefix="livedisk-", dir="/tmp") as scratch:
+        folder = Path(scratch) if keep is None else keep.absolute()
+        folder.mkdir(parents=True, exist_ok=True)
+        tour = Tour(folder, Path(scratch), screen, size << 20, snapshots, seconds)
+        with Live(screen, console=console, refresh_per_second=8) if console.is_terminal else contextlib.nullcontext():
+            failure = asyncio.run(outcome(tour))
+        if failure is not None:
+            console.print(f"FAILED: {failure}", style="bold red")
+            raise SystemExit(1)
+    told = f"Nothing was lost: {snapshots} live snapshots under load, one kill -9, every byte verified."
+    console.print(told, style="bold green")
     console.print("Next: livedisk serve --help, livedisk daemon --help, livedisk qmp --help (in .quickstart/bin).")
 
 
-def _first(failures: BaseExceptionGroup[Any]) -> BaseException:
-    error: BaseException = failures
+async def outcome(tour: Tour) -> BaseException | None:
+    """Run the tour; None if everything held, else the error that ended it."""
+    try:
+        await tour.run()
+    except (TourFailed, OSError, LiveDiskError, ExceptionGroup) as failure:
+        return _first(failure)
+    return None
+
+
+def _first(error: BaseException) -> BaseException:
+    """A task group wraps what went wrong in it, perhaps more than once."""
     while isinstance(error, BaseExceptionGroup):
         error = error.exceptions[0]
     return error
