@@ -237,9 +237,8 @@ class Daemon:
 
 async def _connected(process: asyncio.subprocess.Process, path: Path) -> QmpClient:
     for _ in range(1000):
-        if path.exists():
-            with contextlib.suppress(ConnectionLost):
-                return await QmpClient.connect(str(path))
+        with contextlib.suppress(ConnectionLost):
+            return await QmpClient.connect(str(path))
         if process.returncode is not None:
             raise TourFailed(f"exit code {process.returncode}")
         await asyncio.sleep(0.01)
