@@ -17,7 +17,7 @@ import asyncio
 import errno
 import os
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from typing import TYPE_CHECKING
 
 from livedisk.emulator.block.flatmap import FlatMap
@@ -130,6 +130,10 @@ class BlockBackend:
             if not self._in_flight and self._emptied is not None:
                 self._emptied.set_result(None)
                 self._emptied = None
+
+    def request(self) -> AbstractAsyncContextManager[Node]:
+        """Pass the gate and count as in flight, for what has no method of its own here (block status)."""
+        return self._request()
 
     def _check(self, node: Node, offset: int, length: int, need: Perm) -> None:
         if offset < 0 or length < 0 or offset + length > node.size:

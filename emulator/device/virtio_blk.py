@@ -12,7 +12,7 @@ Invariants
 
 * While the device is held (`hold`, by the run state) no request is in its backend. Requests wait here, in order; so does
   a request that failed under the policy ``stop``, which is tried again when the device is released. Nothing of a held
-  guest fails because it is held, unless its door is closed (`abandon`).
+  guest fails because it is held, unless its door is closed.
 * Every request ends in the statistics once: done, failed or invalid.
 
 Source: virtio 1.2, 5.2; QEMU ``hw/block/virtio-blk.c``, ``hw/block/block.c`` (blkconf_apply_backend_options).
@@ -25,7 +25,7 @@ import errno
 import logging
 import os
 from collections.abc import Awaitable, Callable
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, Protocol
 
 import msgspec
 from msgspec import UNSET
@@ -63,6 +63,13 @@ _NOTHING: Final = memoryview(b"")
 _UNSUPPORTED: Final = (errno.ENOTSUP, errno.EOPNOTSUPP)
 
 
+class Door(Protocol):
+    """Whoever passes a guest's requests in: an export of the device."""
+
+    closed: bool
+    """Nobody waits for its requests any more: those that would have to wait fail with ESHUTDOWN instead."""
+
+
 class VirtioBlk:
     """One emulated disk.
 
@@ -92,6 +99,8 @@ class VirtioBlk:
         self.werror = settled(options.werror, read=False)
         self.write_cache = options.write_cache is not OnOffAuto.OFF
         self.read_only = False
+        self.on_write_cache: list[Callable[[], None]] = []
+        """Called when `try_write` is another."""
         self.config_generation = 0
         """Counts changes of the config space that a driver must notice (a resize)."""
         self.geometry = Geometry(options.cyls, options.heads, options.secs)
@@ -100,7 +109,7 @@ class VirtioBlk:
         self._emit = emit
         self._failure: str | None = None
         self._held = False
-        self._waiting: dict[asyncio.Future[None], object] = {}
+        self._waiting: dict[asyncio.Future[None], Door | None] = {}
         self._counted_write = self.accounting.counted_write(self.backend.try_write)
         self.try_read: FastPath = self.accounting.counted_read(self.backend.try_read)
         self.try_write: FastPath = _declines
@@ -232,6 +241,8 @@ class VirtioBlk:
     def _choose_write(self) -> None:
         """With the write cache off every write must reach stable storage, which cannot be done without blocking."""
         self.try_write = self._counted_write if self.write_cache else _declines
+        for callback in list(self.on_write_cache):
+            callback()
 
     # -- the run state's side (runstate.Guest) -------------------------------------------------------------------------
     def hold(self) -> None:
@@ -253,15 +264,19 @@ class VirtioBlk:
         """Wait until no request is in the backend."""
         await self.backend.idle()
 
-    def abandon(self, door: object) -> None:
-        """Fail, with ESHUTDOWN, every request that waits here and came through ``door``, which closes: it cannot be
-        answered any more, and whoever closes the door must not wait for `release`."""
+    def door_closed(self, door: Door) -> None:
+        """Fail, with ESHUTDOWN, every request that waits here and came through ``door``: whoever closes the door must
+        not wait for `release`."""
         for future, owner in self._waiting.items():
             if owner is door and not future.done():
-                future.set_exception(OSError(errno.ESHUTDOWN, os.strerror(errno.ESHUTDOWN)))
+                future.set_exception(_shut_down())
 
-    async def _enter(self, door: object) -> None:
+    async def enter(self, door: Door | None) -> None:
+        """Wait while the device is held. Raises ESHUTDOWN if ``door`` closes. Whatever enters the backend next, without
+        awaiting in between, is not held."""
         while self._held:
+            if door is not None and door.closed:
+                raise _shut_down()
             future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
             self._waiting[future] = door
             try:
@@ -270,11 +285,11 @@ class VirtioBlk:
                 self._waiting.pop(future, None)
 
     # -- requests in bytes ---------------------------------------------------------------------------------------------
-    async def _serve(self, kind: Kind, length: int, door: object, attempt: Callable[[], Awaitable[None]]) -> None:
+    async def _serve(self, kind: Kind, length: int, door: Door | None, attempt: Callable[[], Awaitable[None]]) -> None:
         """Run one request to its end under the error policy. Raises the OSError that is to be reported."""
         started = self.accounting.start()
         while True:
-            await self._enter(door)
+            await self.enter(door)
             try:
                 await attempt()
             except OSError as error:
@@ -283,7 +298,7 @@ class VirtioBlk:
                     self.accounting.failed(kind, started)
                     raise
                 if action is Action.STOP:
-                    continue  # held now: waits in _enter
+                    continue  # held now: waits above
             self.accounting.done(kind, length, started)
             return
 
@@ -336,25 +351,31 @@ class VirtioBlk:
             io_status=UNSET if status is None else BlockDeviceIoStatus(status),
         )
 
-    async def read(self, offset: int, view: memoryview, door: object = None) -> None:
+    async def read(self, offset: int, view: memoryview, door: Door | None = None) -> None:
         """Fill ``view`` from ``offset`` (bytes)."""
         await self._serve(Kind.READ, len(view), door, lambda: self.backend.read(offset, view))
 
-    async def write(self, offset: int, data: memoryview, *, fua: bool = False, door: object = None) -> None:
+    async def write(self, offset: int, data: memoryview, *, fua: bool = False, door: Door | None = None) -> None:
         """Write ``data`` at ``offset``; with ``fua``, or without write cache, it is on stable storage on return."""
         through = fua or not self.write_cache
         await self._serve(Kind.WRITE, len(data), door, lambda: self.backend.write(offset, data, fua=through))
 
-    async def flush(self, door: object = None) -> None:
+    async def flush(self, door: Door | None = None) -> None:
         """Put every acknowledged write on stable storage."""
         await self._serve(Kind.FLUSH, 0, door, self.backend.flush)
 
-    async def discard(self, offset: int, length: int, *, fua: bool = False, door: object = None) -> None:
+    async def discard(self, offset: int, length: int, *, fua: bool = False, door: Door | None = None) -> None:
         """Drop a range's storage."""
         await self._serve(Kind.UNMAP, length, door, lambda: self.backend.discard(offset, length, fua=fua))
 
     async def write_zeroes(
-        self, offset: int, length: int, flags: ZeroFlags = ZeroFlags.NONE, *, fua: bool = False, door: object = None
+        self,
+        offset: int,
+        length: int,
+        flags: ZeroFlags = ZeroFlags.NONE,
+        *,
+        fua: bool = False,
+        door: Door | None = None,
     ) -> None:
         """Zero a range. Under NO_FALLBACK raises ENOTSUP, which is an answer and no failure, where that is slow."""
         through = fua or not self.write_cache
@@ -441,6 +462,10 @@ class VirtioBlk:
 
     def __repr__(self) -> str:
         return f"<VirtioBlk {self.path}>"
+
+
+def _shut_down() -> OSError:
+    return OSError(errno.ESHUTDOWN, os.strerror(errno.ESHUTDOWN))
 
 
 def _declines(offset: int, view: memoryview) -> int:

@@ -1,0 +1,160 @@
+"""Socket addresses to listening sockets, with QEMU's answers where they cannot be had.
+
+Source: QEMU ``util/qemu-sockets.c`` (inet_listen_saddr, unix_listen_saddr, socket_get_fd).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import os
+import socket
+from typing import Any, Final
+
+from livedisk.emulator.errors import LiveDiskError
+from livedisk.emulator.exports.options import Fd, Inet, Unix, Vsock
+from livedisk.nbd.server import NbdServer
+
+Address = Inet | Unix | Vsock | Fd
+
+_BACKLOG: Final = 128
+_UNIX_PATH: Final = 108
+"""sizeof(sun_path)."""
+
+
+class ListenError(LiveDiskError):
+    """No socket could be had at the address."""
+
+
+async def listen(server: NbdServer, address: Address) -> None:
+    """Let ``server`` accept clients at ``address``. Raises `ListenError` in QEMU's words."""
+    if isinstance(address, Inet):
+        for sock in await _bind_inet(address):
+            server.listen_socket(sock)
+    elif isinstance(address, Unix):
+        _listen_unix(server, address)
+    elif isinstance(address, Fd):
+        _listen_fd(server, address)
+    else:
+        raise ListenError("socket family AF_VSOCK unsupported")
+
+
+# -- unix --------------------------------------------------------------------------------------------------------------
+
+
+def _listen_unix(server: NbdServer, address: Unix) -> None:
+    path = address.path
+    if address.abstract:
+        server.listen_socket(_bind_abstract(path, tight=address.tight))
+        return
+    if len(os.fsencode(path)) > _UNIX_PATH:
+        raise ListenError(
+            f"UNIX socket path '{path}' is too long",
+            hint=f"Path must be less than {_UNIX_PATH} bytes",
+        )
+    try:
+        server.listen_unix(path)
+    except OSError as error:
+        text = str(error.strerror or error)
+        raise ListenError(text if path in text else f"Failed to bind socket to {path}: {text}") from None
+
+
+def _bind_abstract(name: str, *, tight: bool) -> socket.socket:
+    raw = b"\0" + os.fsencode(name)
+    if len(raw) > _UNIX_PATH:
+        raise ListenError(f"UNIX socket path '{name}' is too long", hint=f"Path must be less than {_UNIX_PATH} bytes")
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        sock.bind(raw if tight else raw.ljust(_UNIX_PATH, b"\0"))
+        sock.listen(_BACKLOG)
+    except OSError as error:
+        sock.close()
+        raise ListenError(f"Failed to bind socket to {name}: {error.strerror}") from None
+    return sock
+
+
+# -- descriptors -------------------------------------------------------------------------------------------------------
+
+
+def _listen_fd(server: NbdServer, address: Fd) -> None:
+    text = address.str
+    if not text.isdecimal():
+        raise ListenError(f"File descriptor named '{text}' has not been found")
+    try:
+        server.listen_fd(int(text))
+    except OSError as error:
+        if error.errno == errno.EBADF:
+            raise ListenError(f"File descriptor named '{text}' has not been found") from None
+        raise ListenError(f"File descriptor '{text}' is not a socket") from None
+
+
+# -- TCP ---------------------------------------------------------------------------------------------------------------
+
+
+async def _bind_inet(address: Inet) -> list[socket.socket]:
+    """A socket for each address that the host has; with ``to``, all on the first port that is free."""
+    family = _family(address)
+    flags = socket.AI_PASSIVE | (socket.AI_NUMERICHOST | socket.AI_NUMERICSERV if address.numeric else 0)
+    try:
+        found = await asyncio.get_running_loop().getaddrinfo(
+            address.host or None, address.port, family=family, type=socket.SOCK_STREAM, flags=flags
+        )
+    except socket.gaierror as error:
+        raise ListenError(f"address resolution failed for {address.host}:{address.port}: {error.strerror}") from None
+    first = int(found[0][4][1])
+    last = address.to if isinstance(address.to, int) else first
+    if last < first:
+        raise ListenError(f"port range '{first}-{last}' is empty: 'to' is below 'port'")
+    problem: OSError | None = None
+    for port in range(first, last + 1):
+        try:
+            return _bind_all(found, port, address)
+        except OSError as error:
+            problem = error
+            if error.errno != errno.EADDRINUSE:
+                raise ListenError(f"Failed to bind socket: {error.strerror}") from None
+    assert problem is not None
+    raise ListenError(f"Failed to find an available port: {problem.strerror}")
+
+
+def _family(address: Inet) -> socket.AddressFamily:
+    """The family asked for. Turning one off leaves the other; turning both on, or saying nothing, leaves both."""
+    four, six = address.ipv4, address.ipv6
+    if four is False and six is False:
+        raise ListenError("Cannot disable IPv4 and IPv6 at same time")
+    if six is False or (four is True and six is not True):
+        return socket.AF_INET
+    if four is False or (six is True and four is not True):
+        return socket.AF_INET6
+    return socket.AF_UNSPEC
+
+
+def _bind_all(found: list[Any], port: int, address: Inet) -> list[socket.socket]:
+    families = {entry[0] for entry in found}
+    # IPv6 first: an unrestricted "::" serves IPv4 as well, and 0.0.0.0 behind it is not needed.
+    entries = sorted(found, key=lambda entry: entry[0] != socket.AF_INET6)
+    everyone = any(entry[4][0] == "::" for entry in found) and address.ipv6 is not True
+    bound: list[socket.socket] = []
+    try:
+        for family, kind, proto, _, (host, _, *scope) in entries:
+            if everyone and host == "0.0.0.0":
+                continue
+            if not port and bound:
+                port = bound[0].getsockname()[1]
+            protocol = getattr(socket, "IPPROTO_MPTCP", 262) if address.mptcp else proto
+            sock = socket.socket(family, kind, protocol)
+            bound.append(sock)
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            if family == socket.AF_INET6:
+                alone = len(families) > 1 and host != "::"
+                only = 1 if alone or address.ipv4 is False or address.ipv6 is True else 0
+                sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, only)
+            if address.keep_alive is True:
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+            sock.bind((host, port, *scope))
+            sock.listen(_BACKLOG)
+    except OSError:
+        for sock in bound:
+            sock.close()
+        raise
+    return bound
