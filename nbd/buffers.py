@@ -1,11 +1,12 @@
 """Memory of the server: a pool of equal buffers for receiving and replying, and the budget that bounds the rest.
 
-Why these numbers. The batch buffers are 2 MiB and a little, so that the largest request of the usual tools (qemu-img convert
-moves 2 MiB at a time) still goes through the fast path; only touched pages cost memory. The server keeps two in use for all
-connections together; a connection takes one for itself only while it holds an incomplete large request, and one while the client
-does not read a large reply. A connection may have 128 requests and 64 MiB in the slow path (QEMU: 16 requests, of up to 32 MiB each),
-all connections together 256 MiB; but one request is always granted, so that no client can starve another
-by hoarding. A client that stalls therefore costs at most two buffers, its budget, and what the kernel holds for its socket.
+Why these numbers. The batch buffers are 2 MiB and a little, so that the largest request of the usual tools (qemu-img
+convert moves 2 MiB at a time) still goes through the fast path; only touched pages cost memory. The server keeps two in use
+for all connections together; a connection takes one for itself only while it holds an incomplete large request, and one
+while the client does not read a large reply. A connection may have 128 requests and 64 MiB in the slow path (QEMU: 16
+requests of up to 32 MiB each), all connections together 256 MiB; but one request is always granted, so that no client can
+starve another by hoarding. A client that stalls therefore costs at most two buffers, its budget, and what the kernel holds
+for its socket.
 """
 
 from __future__ import annotations

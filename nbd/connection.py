@@ -382,10 +382,8 @@ class Connection:
 
     def _receive_payload(self, incoming: _Incoming) -> bool:
         missing = incoming.missing
-        if incoming.refusal is None:
-            room = incoming.target[-missing:]
-        else:
-            room = self._shared.received[:missing]
+        wanted = incoming.refusal is None
+        room = incoming.target[-missing:] if wanted else self._shared.received[:missing]
         try:
             count = self._recv_into(room)
         except (BlockingIOError, InterruptedError):

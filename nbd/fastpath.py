@@ -1,9 +1,9 @@
 """The hot loop: many reads and writes from one buffer into another, without an object a request. No sockets.
 
 `fast_loop` makes the loop of one connection. Called with the received bytes and room for replies, it serves whole requests
-in order for as long as each is a plain READ or WRITE (no flags) inside the export that ``try_read`` or ``try_write`` does at once,
-then says why it stopped. Everything else -- flags, other commands, errors, misses -- stays in place for the slow path, which
-judges it with all care.
+in order for as long as each is a plain READ or WRITE (no flags) inside the export that ``try_read`` or ``try_write`` does at
+once, then says why it stopped. Everything else -- flags, other commands, errors, misses -- stays in place for the slow path,
+which judges it with all care.
 
 This is the one place where speed decides: one long flat function with all it touches in local variables. Magic, flags and
 command are compared as one 64-bit number; a read lands behind its header in the reply buffer; a write leaves from the receive
@@ -53,9 +53,9 @@ def fast_loop(session: Session) -> Loop:
     """The loop for one connection.
 
     It takes requests from ``received[at:end]``, puts replies into ``replies`` from ``filled`` on, and starts no further
-    request once a reply would pass ``limit``; ``size`` is the export's size now. All are bytes. The first reply in the buffer may pass
-    ``limit`` up to the end of ``replies``; one that cannot fit there at all is SLOW. An `OSError` of ``try_read`` or ``try_write``
-    makes the request SLOW too: it fails there again, with a proper reply.
+    request once a reply would pass ``limit``; ``size`` is the export's size now. All are bytes. The first reply in the buffer
+    may pass ``limit`` up to the end of ``replies``; one that cannot fit there at all is SLOW. An `OSError` of ``try_read`` or
+    ``try_write`` makes the request SLOW too: it fails there again, with a proper reply.
     """
     export, mode = session.export, session.mode
     extended, structured = mode == ReplyMode.EXTENDED, mode == ReplyMode.STRUCTURED

@@ -1,10 +1,12 @@
 """Adaptive polling: after serving a client, look again for a moment before going to sleep.
 
-Waking a sleeping process costs more than a small request does. So when a connection was served, the poller tries the active
-connections again and again without blocking, for up to ``ns`` nanoseconds after the last success, and only then returns to the event
-loop. The idea and its rules are QEMU's ``poll-max-ns``: a wake-up that came soon after the poller gave up means that polling
-a little longer would have caught it, so ``ns`` doubles, up to ``max_ns``; one that came later than ``max_ns`` means that polling was in vain,
-and ``ns`` shrinks to nothing. A client with pauses is therefore never polled for, and an idle server sleeps.
+Waking a sleeping process costs more than a small request does. So when a connection was served, the poller tries the
+active connections again and again without blocking, for up to ``ns`` nanoseconds after the last success, and only then
+returns to the event loop. The idea is QEMU's ``poll-max-ns``: a wake-up that came soon after the poller gave up means that
+polling a little longer would have caught it, so ``ns`` doubles, up to ``max_ns``; one that came late means that polling was in
+vain, and ``ns`` halves, down to nothing. A client with pauses is therefore not polled for, and an idle server sleeps. "Soon"
+is twice ``max_ns``, because the time to wake-up includes the cost of waking up itself, which polling saves. Unlike
+QEMU's, one late wake-up does not start all over: on a busy machine that would mean never to poll.
 
 Everything else in the loop goes on: the poller returns to it at the latest every `TURN_NS`, and does not poll at all while
 requests are in the slow path (their threads and callbacks need the loop, and the interpreter lock).
@@ -66,8 +68,8 @@ class Poller:
             return
         if self._turn is None:
             waited = monotonic_ns() - self._gave_up
-            if waited > self._max_ns:
-                self.ns = 0
+            if waited > 2 * self._max_ns:
+                self.ns = self.ns // 2 if self.ns > _FIRST_NS else 0
             elif waited > self.ns:
                 self.ns = min(self._max_ns, self.ns * 2 or _FIRST_NS)
         if connection.poll():

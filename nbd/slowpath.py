@@ -1,8 +1,8 @@
 """What one request that is not for the fast path does: a coroutine from request to reply buffers. No sockets.
 
-`answer` runs a request that `transmission.judge` let pass and returns the reply as a list of buffers to be sent in order. It never
-raises for what the export does: an `OSError` becomes the error reply that the protocol has for it, anything else is
-logged with its traceback and becomes EIO, so that one faulty request costs neither the connection nor its neighbours.
+`answer` runs a request that `transmission.judge` let pass and returns the reply as a list of buffers to be sent in order.
+It never raises for what the export does: an `OSError` becomes the error reply that the protocol has for it, anything else
+is logged with its traceback and becomes EIO, so that one faulty request costs neither the connection nor its neighbours.
 
 Source: proto.md, "Request types"; the split of structured reads into data and holes, and the error texts, are QEMU's.
 """
