@@ -12,8 +12,8 @@ from benchmark.measure import Result
 from benchmark.report import figure
 from benchmark.workloads import Workload
 
-WIDTH = 960
-LABELS = 300
+WIDTH = 1000
+LABELS = 350
 BAR = 13
 GAP = 3
 GROUP_GAP = 16
@@ -41,7 +41,8 @@ def draw(result: Result) -> str:
     """The whole SVG document."""
     order = [server for server in ("livedisk", "nbdkit", _BASE) if server in result.servers]
     groups = [(workload, _lengths(result, workload, order)) for workload in result.workloads]
-    longest = max([1.0, *(length for _, bars in groups for _, length, _ in bars)])
+    targets = [workload.targets.get(_BASE, 0.0) for workload in result.workloads] if "livedisk" in order else []
+    longest = max([1.0, *targets, *(length for _, bars in groups for _, length, _ in bars)])
     scale = (WIDTH - LABELS - RIGHT) / longest
     parts: list[str] = []
     y = TOP

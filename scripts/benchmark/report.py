@@ -47,8 +47,10 @@ def ratio(value: float | None, target: float | None) -> str:
 def show(result: Result) -> None:
     """Print the table, start-up and memory, and each target that was missed."""
     console = Console()
+    # A table is for reading across: where the terminal is narrow, or there is none, it may run over.
+    console.width = max(console.width, 150)
     table = Table(title=f"Medians of {result.plan.runs} runs of {result.plan.seconds:g} s; ratio (target)")
-    table.add_column("workload")
+    table.add_column("workload", no_wrap=True)
     for server in result.servers:
         table.add_column(server, justify="right")
     peers = [server for server in result.servers if server != "livedisk"] if "livedisk" in result.servers else []
@@ -116,7 +118,8 @@ def _startup(result: Result) -> list[str]:
             parts.append(f"{statistics.median(idle) / MIB:.0f} MiB idle")
         if peak := result.peak.get(server):
             parts.append(f"at most {peak / MIB:.0f} MiB under load")
-        lines.append(f"{server}: {', '.join(parts)}")
+        if parts:
+            lines.append(f"{server}: {', '.join(parts)}")
     return lines
 
 
