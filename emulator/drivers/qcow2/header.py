@@ -134,6 +134,8 @@ FEATURE_NAMES: Final[tuple[tuple[int, int, str], ...]] = (
 )
 """(bitmap, bit, name): the feature name table that is written, QEMU's."""
 
+_FEATURE_NAMES_MIN_BITS: Final = 13
+"""Smaller first clusters keep their room for the backing file name, as with QEMU."""
 _KNOWN_INCOMPATIBLE: Final = 0x1F
 _KNOWN_AUTOCLEAR: Final = 0x3
 _CRYPT_METHODS: Final = {1: "AES", 2: "LUKS"}
@@ -282,7 +284,7 @@ class Header:
             parts.append(_extension(ExtensionType.BACKING_FORMAT, os.fsencode(self.backing_format)))
         if self.has_data_file and self.data_file is not None:
             parts.append(_extension(ExtensionType.DATA_FILE, os.fsencode(self.data_file)))
-        if self.version >= 3:
+        if self.version >= 3 and self.cluster_bits >= _FEATURE_NAMES_MIN_BITS:
             table = b"".join(_FEATURE.pack(kind, bit, name.encode()) for kind, bit, name in FEATURE_NAMES)
             parts.append(_extension(ExtensionType.FEATURE_NAMES, table))
         if self.bitmaps is not None:
