@@ -187,6 +187,11 @@ class NbdServer:
         self.listen_socket(sock)
         return path
 
+    @property
+    def addresses(self) -> list[Any]:
+        """Where it listens, as ``getsockname`` tells: a path, or (address, port) and more for IPv6."""
+        return [sock.getsockname() for sock in self._listeners]
+
     async def listen_tcp(self, host: str, port: int) -> list[tuple[str, int]]:
         """Listen on every address of ``host`` ("" or "::" for all, IPv4 included) and return (address, port) of each.
 
