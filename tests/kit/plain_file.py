@@ -1,7 +1,7 @@
-"""A file as the block layer's format code sees a node: asynchronous reads, writes, zeroes, truncation; and what was done to it.
+"""A file as the block layer's format code sees a node: asynchronous reads, writes, zeroes, truncation.
 
-For tests of a format without a graph around it. ``events`` lists every write as ``(offset, bytes)`` and every flush as None, so that
-a test may replay any prefix of them: a power cut.
+For tests of a format without a graph around it. ``events`` lists every write as ``(offset, bytes)`` and every flush as
+None, so that a test may replay any prefix of them: a power cut.
 """
 
 from __future__ import annotations

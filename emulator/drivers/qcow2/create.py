@@ -326,7 +326,8 @@ async def create(file: Target, options: CreateOptions, data_file: Target | None 
     await writer.l2()
     if data_file is not None:
         filled = options.preallocation is not Preallocation.OFF
-        length = geometry.round_up(options.size) if filled else options.size
+        step = geometry.subcluster_size
+        length = -(-options.size // step) * step if filled else options.size
         await data_file.truncate(length, exact=True, prealloc=_storage_mode(options.preallocation))
         await data_file.flush()
     if layout.data_clusters:
