@@ -1,7 +1,7 @@
 """An `nbd.Export` over a bytearray with a map of what is allocated: the simplest thing that can be served, for tests.
 
-It is strict about the promises of the server (ranges, lengths) and can be told to fail, to miss its fast path, or to wait, so that
-tests can put a server into any state.
+It is strict about the promises of the server (ranges, lengths) and can be told to fail, to miss its fast path, or to
+wait, so that tests can put a server into any state.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ GRAIN = 4096
 class MemoryExport:
     """``size`` bytes in memory, all a hole at first.
 
-    ``hook(operation, offset, length)`` is awaited at the start of every slow operation: it may wait, or raise. ``log`` names every operation
-    that ran. With ``fast=False`` the fast path always misses.
+    ``hook(operation, offset, length)`` is awaited at the start of every slow operation: it may wait, or raise. ``log``
+    names every operation that ran. With ``fast=False`` the fast path always misses.
     """
 
     def __init__(
