@@ -12,8 +12,10 @@ from __future__ import annotations
 import errno
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
+
+import msgspec
 
 from livedisk.emulator.block.options import BlockdevOptions
 from livedisk.emulator.block.permissions import Perm, Role, backing_perms, filter_perms, storage_perms
@@ -79,6 +81,11 @@ class Driver(ABC):
         Synchronous and quick. Raises NotMapped where metadata would have to be read: await `load` and ask again.
         """
 
+    def data_run(self, offset: int, length: int) -> tuple[bool, int]:
+        """Of the start of a range that `map` calls DATA in a host file: whether bytes are stored there (else it is a
+        hole and reads as zeroes), and for how many bytes that holds. Only block status asks; may take a system call."""
+        return True, length
+
     async def load(self, offset: int, length: int) -> None:
         """Read the metadata that `map` needs for the start of this range."""
 
@@ -120,8 +127,7 @@ class Driver(ABC):
         raise BlockError("Image format driver does not support resize")
 
     async def prefetch(self, offset: int, length: int) -> None:
-        """Bring the range into the host's cache (NBD_CMD_CACHE). Default: the generic path reads and drops it."""
-        raise OSError(errno.ENOTSUP, os.strerror(errno.ENOTSUP))
+        """Bring a COMPRESSED or OPAQUE range into a cache (NBD_CMD_CACHE), where there is one. Default: nothing is."""
 
     # -- permissions -----------------------------------------------------------------------------------------------
     def child_perms(self, edge: Edge, perm: Perm, shared: Perm) -> tuple[Perm, Perm]:
@@ -144,10 +150,23 @@ class Driver(ABC):
 
     # -- reopen (blockdev-reopen) ------------------------------------------------------------------------------------
     async def reopen_prepare(self, options: Any, *, read_only: bool) -> None:
-        """Check and prepare a change to ``options`` of the same class (all I/O is drained). Raises BlockError naming
-        the option
-        that cannot be changed. Followed by commit or abort."""
+        """Check and prepare a change to ``options`` of the same class (all I/O is drained). ``node.reopening`` has the
+        generic settings to come. Raises BlockError naming the option that cannot be changed, and has then undone what
+        it did itself. Followed by commit or abort, which set ``self.options`` or leave it."""
         raise BlockError(f"Block format '{self.name}' used by node '{self.node.name}' does not support reopening files")
+
+    def check_unchanged(self, options: Any, *, changeable: Collection[str] = ()) -> None:
+        """Raise BlockError, in QEMU's words, if one of the driver's own options but ``changeable`` (Python's names)
+        is another one now. Children are not looked at: reopen replaces them."""
+        generic = BlockdevOptions.__struct_fields__
+        for field in msgspec.structs.fields(type(options)):
+            old, new = getattr(self.options, field.name), getattr(options, field.name)
+            is_child = field.name in ("file", "backing", "data_file") or isinstance(new, BlockdevOptions)
+            if field.name in generic or field.name in changeable or is_child or old == new:
+                continue
+            if new is msgspec.UNSET or new == field.default:
+                raise BlockError(f"Option '{field.encode_name}' cannot be reset to its default value")
+            raise BlockError(f"Cannot change the option '{field.encode_name}'")
 
     def reopen_commit(self) -> None:
         """Switch to what was prepared."""

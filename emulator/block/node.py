@@ -7,10 +7,10 @@ flight, lets conflicting
 requests wait for each other, and only then asks the driver.
 
 Invariants
-* Requests that free or re-map storage (`discard`, `write_zeroes`, `write_compressed`) are *serialising*: they wait
-for every overlapping
-  request in flight on the node, and later overlapping requests wait for them. A host cluster is thus never freed
-  under a running read or write.
+* Requests that free or re-map storage (`discard`, `write_zeroes`, `write_compressed`), and writes that do not cover
+  whole blocks of a driver that only takes whole ones, are *serialising*: they wait for every overlapping request that
+  came before them, and later overlapping requests wait for them. A host cluster is thus never freed under a running
+  read or write, and two writes to one block never undo each other.
 * A write is marked in every dirty tracker of the node before it is acknowledged.
 * Whatever changes a mapping calls `Node.mapping_changed`; nothing else invalidates the flat maps above.
 """
@@ -20,8 +20,6 @@ from __future__ import annotations
 import asyncio
 import errno
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import TYPE_CHECKING, Protocol
 
 from livedisk.emulator.block.permissions import Perm, Role
@@ -31,6 +29,7 @@ if TYPE_CHECKING:
     from livedisk.emulator.block.driver import Driver
     from livedisk.emulator.block.graph import Graph
     from livedisk.emulator.block.options import BlockdevOptions
+    from livedisk.emulator.block.settings import Settings
 
 ZERO_CHUNK = bytes(1 << 20)
 """Zeroes to copy from: 1 MiB."""
@@ -89,6 +88,12 @@ class Edge:
             raise PermissionError(errno.EPERM, f"no write permission on node '{self.node.name}' as '{self.name}'")
         await self.node.write(offset, data)
 
+    async def prefetch(self, offset: int, length: int) -> None:
+        """Bring what the child has of the range into the host's cache."""
+        inside = min(length, self.node.size - offset)
+        if inside > 0:
+            await self.node.prefetch(offset, inside)
+
     def __repr__(self) -> str:
         return f"<Edge {self.parent.description} -{self.name}-> {self.node.name}>"
 
@@ -96,13 +101,21 @@ class Edge:
 class _InFlight:
     """One tracked request: a byte range, and whether others must wait for it."""
 
-    __slots__ = ("done", "end", "serialising", "start")
+    __slots__ = ("done", "end", "over", "serialising", "start")
 
     def __init__(self, start: int, end: int, *, serialising: bool) -> None:
         self.start = start
         self.end = end
         self.serialising = serialising
+        self.over = False
         self.done: asyncio.Future[None] | None = None
+
+    async def ended(self) -> None:
+        """Wait until the request is not in flight any more."""
+        if not self.over:
+            if self.done is None:
+                self.done = asyncio.get_running_loop().create_future()
+            await asyncio.shield(self.done)
 
 
 class Node:
@@ -112,8 +125,9 @@ class Node:
     ``discard``; ``detect_zeroes``; ``cache_direct``, ``cache_no_flush``; ``force_share``; ``implicit`` (made by a job,
     hidden from users); ``monitor_owned`` (blockdev-add made it, so blockdev-del ends it); ``opened_by`` and
     ``opened_role``: the node inside whose options this one was described, whose settings it inherits where its own
-    options are silent; ``trackers``; ``wr_highest`` (largest byte offset written to, exclusive);
-    ``write_threshold`` (bytes; a write beyond it is reported once, 0: none is asked for).
+    options are silent; ``reopening``: the settings that a reopen under way is about to give the node; ``trackers``;
+    ``wr_highest`` (largest byte offset written to, exclusive); ``write_threshold`` (bytes; a write beyond it is
+    reported once, 0: none is asked for).
     """
 
     def __init__(self, graph: Graph, name: str, options: BlockdevOptions) -> None:
@@ -139,6 +153,7 @@ class Node:
         self.write_threshold = 0
         self.perm = Perm.NONE
         self.shared = Perm.ALL
+        self.reopening: Settings | None = None
         self._in_flight: list[_InFlight] = []
 
     # -- the graph around it -----------------------------------------------------------------------------------------
@@ -164,6 +179,8 @@ class Node:
     @property
     def filtered(self) -> Edge | None:
         """The child that a filter shows, or None."""
+        if not self.driver.is_filter:  # raw takes its file as filters take theirs, but is a format
+            return None
         return next((edge for edge in self.children.values() if edge.role & Role.FILTERED), None)
 
     def child_replaced(self, edge: Edge) -> None:
@@ -182,42 +199,46 @@ class Node:
         for edge in self.parents:
             edge.parent.child_mapping_changed(edge, offset, length)
 
-    # -- requests in flight --------------------------------------------------------------------------------------------
+    # -- requests in flight ------------------------------------------------------------------------------------------
     @property
     def busy(self) -> bool:
         """Whether requests are in flight on this very node."""
         return bool(self._in_flight)
 
-    def requests_in_flight(self) -> frozenset[object]:
-        """The requests in flight now: storage that one of them may still use must outlive it."""
-        return frozenset(self._in_flight)
+    async def _begin(self, offset: int, length: int) -> _InFlight:
+        """Track a request that may overlap others, and wait for the serialising ones before it. `_end` it whatever
+        happens."""
+        request = _InFlight(offset, offset + length, serialising=False)
+        await self._wait_turn(request)
+        return request
 
-    @contextmanager
-    def _registered(self, request: _InFlight) -> Iterator[None]:
+    async def _begin_serialising(self, offset: int, length: int, step: int = 1) -> _InFlight:
+        """Track a request that nothing may overlap, and wait for all overlapping ones before it. ``step``: the bytes
+        around it that it works on as one."""
+        request = _InFlight(offset // step * step, -(-(offset + length) // step) * step, serialising=True)
+        await self._wait_turn(request)
+        return request
+
+    async def _wait_turn(self, request: _InFlight) -> None:
+        # A request only waits for those that came before it: no cycle is possible, and none starves.
+        earlier = [
+            other
+            for other in self._in_flight
+            if (request.serialising or other.serialising) and other.start < request.end and request.start < other.end
+        ]
         self._in_flight.append(request)
         try:
-            yield
-        finally:
-            self._in_flight.remove(request)
-            if request.done is not None:
-                request.done.set_result(None)
+            for other in earlier:
+                await other.ended()
+        except BaseException:
+            self._end(request)
+            raise
 
-    async def _admit(self, offset: int, length: int, *, serialising: bool = False) -> _InFlight:
-        """Wait until nothing in flight conflicts with the range. The caller registers the request without awaiting in
-        between."""
-        start, end = offset, offset + length
-        if serialising:
-            step = self.driver.map_granularity or 1
-            start, end = start // step * step, -(-end // step) * step
-        while True:
-            for other in self._in_flight:
-                if other.start < end and start < other.end and (serialising or other.serialising):
-                    if other.done is None:
-                        other.done = asyncio.get_running_loop().create_future()
-                    await asyncio.shield(other.done)
-                    break
-            else:
-                return _InFlight(start, end, serialising=serialising)
+    def _end(self, request: _InFlight) -> None:
+        self._in_flight.remove(request)
+        request.over = True
+        if request.done is not None:
+            request.done.set_result(None)
 
     # -- where -----------------------------------------------------------------------------------------------------
     async def map(self, offset: int, length: int) -> Segment:
@@ -231,15 +252,19 @@ class Node:
     # -- moving bytes ------------------------------------------------------------------------------------------------
     async def read(self, offset: int, view: memoryview) -> None:
         """Fill ``view`` (bytes) from ``offset``; what lies past the end of the node reads as zeroes."""
-        with self._registered(await self._admit(offset, len(view))):
+        request = await self._begin(offset, len(view))
+        try:
             inside = min(max(self.size - offset, 0), len(view))
-            fill_zeroes(view[inside:])
+            if inside < len(view):
+                fill_zeroes(view[inside:])
             position = 0
             while position < inside:
                 segment = await self.map(offset + position, inside - position)
                 part = view[position : position + segment.length]
                 await self._read_segment(segment, offset + position, part)
                 position += segment.length
+        finally:
+            self._end(request)
 
     async def _read_segment(self, segment: Segment, offset: int, part: memoryview) -> None:
         if segment.kind is Kind.DATA:
@@ -269,11 +294,16 @@ class Node:
                 flags = ZeroFlags.MAY_UNMAP
             await self.write_zeroes(offset, len(data), flags, fua=fua)
             return
-        with self._registered(await self._admit(offset, len(data))):
-            try:
-                await self.driver.write(offset, data)
-            finally:
-                self.written(offset, len(data))
+        step = self.driver.request_alignment
+        if (offset | len(data)) % step:  # the driver reads and rewrites the blocks around it
+            request = await self._begin_serialising(offset, len(data), step)
+        else:
+            request = await self._begin(offset, len(data))
+        try:
+            await self.driver.write(offset, data)
+        finally:
+            self.written(offset, len(data))
+            self._end(request)
         if fua:
             await self.flush()
 
@@ -284,11 +314,12 @@ class Node:
         self.check_writable()
         if self.discard_mode is Discard.IGNORE:
             flags &= ~ZeroFlags.MAY_UNMAP
-        with self._registered(await self._admit(offset, length, serialising=True)):
-            try:
-                await self._zero(offset, length, flags)
-            finally:
-                self.written(offset, length)
+        request = await self._begin_serialising(offset, length, self._block())
+        try:
+            await self._zero(offset, length, flags)
+        finally:
+            self.written(offset, length)
+            self._end(request)
         if fua:
             await self.flush()
 
@@ -306,22 +337,46 @@ class Node:
         """Drop the storage of the range, unless the node ignores discards."""
         self.check_writable()
         if self.discard_mode is Discard.UNMAP:
-            with self._registered(await self._admit(offset, length, serialising=True)):
-                try:
-                    await self.driver.discard(offset, length)
-                finally:
-                    self.written(offset, length)
+            request = await self._begin_serialising(offset, length, self._block())
+            try:
+                await self.driver.discard(offset, length)
+            finally:
+                self.written(offset, length)
+                self._end(request)
         if fua:
             await self.flush()
 
     async def write_compressed(self, offset: int, data: memoryview) -> None:
         """Write whole clusters compressed (the last may be short at the image's end)."""
         self.check_writable()
-        with self._registered(await self._admit(offset, len(data), serialising=True)):
-            try:
-                await self.driver.write_compressed(offset, data)
-            finally:
-                self.written(offset, len(data))
+        request = await self._begin_serialising(offset, len(data), self._block())
+        try:
+            await self.driver.write_compressed(offset, data)
+        finally:
+            self.written(offset, len(data))
+            self._end(request)
+
+    def _block(self) -> int:
+        """Bytes that a request which re-maps storage works on as one."""
+        return max(self.driver.map_granularity, self.driver.request_alignment)
+
+    async def prefetch(self, offset: int, length: int) -> None:
+        """Bring a range (bytes, inside the node) into the host's cache, as far as that is cheap to ask for."""
+        request = await self._begin(offset, length)
+        try:
+            while length > 0:
+                segment = await self.map(offset, length)
+                if segment.kind is Kind.DATA:
+                    assert segment.source is not None
+                    await segment.source.prefetch(segment.offset, segment.length)
+                elif segment.kind is Kind.UNALLOCATED and self.backing is not None:
+                    await self.backing.prefetch(offset, segment.length)
+                elif segment.kind in (Kind.COMPRESSED, Kind.OPAQUE):
+                    await self.driver.prefetch(offset, segment.length)
+                offset += segment.length
+                length -= segment.length
+        finally:
+            self._end(request)
 
     async def flush(self) -> None:
         """Put every acknowledged write on stable storage, down through the children."""
@@ -334,8 +389,11 @@ class Node:
         """Resize to ``size`` bytes. The caller has drained the node and holds RESIZE."""
         self.check_writable()
         old = self.size
-        with self._registered(await self._admit(min(old, size), 1 << 62, serialising=True)):
+        request = await self._begin_serialising(min(old, size), 1 << 62)
+        try:
             await self.driver.truncate(size, exact=exact, prealloc=prealloc)
+        finally:
+            self._end(request)
         if self.size > old:
             self.written(old, self.size - old)
         self.mapping_changed()

@@ -7,6 +7,7 @@ underscores and on the wire with dashes (``rename="kebab"``). Source: QEMU ``qap
 
 from __future__ import annotations
 
+import enum
 from typing import Annotated, Any
 
 import msgspec
@@ -22,6 +23,14 @@ default."""
 
 Size = Annotated[int, msgspec.Meta(ge=0, extra={"qapi": "size"})]
 """Bytes; on the command line with an optional suffix k, M, G, T, P, E."""
+
+
+class OnOffAuto(enum.StrEnum):
+    """QEMU's OnOffAuto."""
+
+    AUTO = "auto"
+    ON = "on"
+    OFF = "off"
 
 
 class CacheOptions(msgspec.Struct, rename="kebab", kw_only=True, forbid_unknown_fields=True):

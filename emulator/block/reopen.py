@@ -146,10 +146,15 @@ async def _run(graph: Graph, changes: dict[Node, _Change]) -> None:
         if name in change.node.children
     ]
     async with graph.drained(*changes):
-        with Transaction() as tran:
-            for change in changes.values():
-                await _prepare(change, tran)
-            _switch(graph, changes, tran)
+        try:
+            with Transaction() as tran:
+                for change in changes.values():
+                    change.node.reopening = change.settings
+                    await _prepare(change, tran)
+                _switch(graph, changes, tran)
+        finally:
+            for node in changes:
+                node.reopening = None
         for node in dropped:
             await graph.release(node)
 

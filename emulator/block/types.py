@@ -20,6 +20,15 @@ HostOffset = NewType("HostOffset", int)
 """A byte offset in the thing that a node stores its bytes in (a child node, or a host file)."""
 
 
+SECTOR = 512
+"""Bytes: what disks, and so the sizes of all nodes, are counted in."""
+
+
+def whole_sectors(size: int) -> int:
+    """``size`` (bytes) rounded up to whole sectors, as QEMU shows every image; what it adds reads as zeroes."""
+    return -(-size // SECTOR) * SECTOR
+
+
 class Kind(enum.IntEnum):
     """What a node holds in a range (QEMU's BDRV_BLOCK_* flags, told apart)."""
 
