@@ -451,7 +451,7 @@ class VirtioBlk:
         if self.read_only or count > most or not self._addressable(sector, length):
             self.accounting.invalid(counted)
             return Status.IOERR
-        if flags & ~SegmentFlag.UNMAP or (flags and not zeroes):
+        if flags not in (0, SegmentFlag.UNMAP) or (flags and not zeroes):
             self.accounting.invalid(counted)
             return Status.UNSUPP
         if zeroes:
