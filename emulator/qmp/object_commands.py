@@ -44,6 +44,7 @@ class ObjectOptions(QapiStruct):
 
 Make = Callable[[Any], Any]
 M = TypeVar("M", bound=Make)
+T = TypeVar("T")
 OBJECT_TYPES: dict[str, tuple[type[ObjectOptions], Make]] = {}
 """By type: its options, and what makes the object of them."""
 
@@ -73,12 +74,12 @@ class Objects:
     def __init__(self) -> None:
         self._objects: dict[str, Any] = {}
 
-    def find(self, name: str, kind: type[M] | None = None) -> Any:
-        """The object of that id (and class), or None."""
+    def find(self, name: str, kind: type[T]) -> T | None:
+        """The object of that id and class, or None."""
         found = self._objects.get(name)
-        return found if kind is None or isinstance(found, kind) else None
+        return found if isinstance(found, kind) else None
 
-    def all(self, kind: type[Any]) -> list[Any]:
+    def all(self, kind: type[T]) -> list[T]:
         """The objects of a class, oldest first."""
         return [thing for thing in self._objects.values() if isinstance(thing, kind)]
 
