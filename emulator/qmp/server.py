@@ -22,7 +22,7 @@ import os
 import socket
 import stat
 from collections.abc import AsyncIterator, Callable
-from typing import Any, Final, Protocol
+from typing import Any, Final, Protocol, cast
 
 from livedisk.emulator.errors import LiveDiskError
 from livedisk.emulator.qmp import yank
@@ -99,8 +99,8 @@ class Connection(asyncio.Protocol):
     # -----------------------------------------------------------------------------------------------
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.Transport)
-        self._transport = transport
+        # A cast, not an assertion: uvloop's transports do not derive from asyncio's.
+        self._transport = cast(asyncio.Transport, transport)
         self._update()
         if self._frontend is not None:
             self._frontend.opened(self)
