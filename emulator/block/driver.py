@@ -24,6 +24,7 @@ from livedisk.emulator.errors import BlockError
 
 if TYPE_CHECKING:
     from livedisk.emulator.block.node import Edge, Node
+    from livedisk.emulator.block.status import BlockStatus
 
 
 class Driver(ABC):
@@ -80,6 +81,19 @@ class Driver(ABC):
 
         Synchronous and quick. Raises NotMapped where metadata would have to be read: await `load` and ask again.
         """
+
+    async def status(self, offset: int, length: int) -> BlockStatus | None:
+        """Block status of the start of a range, where `map` cannot tell (OPAQUE) but the driver can. None: see `map`."""
+        return None
+
+    def shows_through(self) -> bool:
+        """Whether the bytes are the child's, straight, so that block status is the child's (filters, raw)."""
+        return self.is_filter
+
+    def may_have_holes(self) -> bool:
+        """Whether what `map` calls DATA may well be a hole of the file below, so that looking pays (qcow2 with
+        preallocated metadata). Block status then reports it as data that reads as zeroes."""
+        return False
 
     def data_run(self, offset: int, length: int) -> tuple[bool, int]:
         """Of the start of a range that `map` calls DATA in a host file: whether bytes are stored there (else it is a
@@ -204,7 +218,8 @@ class Driver(ABC):
     def dirty_flag(self) -> bool | None:
         """Whether the image says of itself that it was not closed (ImageInfo's dirty-flag); None where there is no
         image."""
-        return False
+        edge = self.node.children.get("file")
+        return edge.node.driver.dirty_flag() if edge is not None else False
 
     def snapshots(self) -> Sequence[Mapping[str, Any]]:
         """The image's internal snapshots, each with the members of QEMU's SnapshotInfo."""

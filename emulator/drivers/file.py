@@ -29,6 +29,7 @@ import enum
 import errno
 import os
 import stat
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import msgspec
@@ -183,6 +184,9 @@ class FileDriver(Driver):
             if error.errno == errno.ENXIO:
                 return False, length  # the trailing hole, or past the end of the file
             return True, length  # the file system does not say
+
+    def specific_info(self) -> Mapping[str, Any]:
+        return {"type": self.name, "data": {}}
 
     async def allocated_size(self) -> int:
         return os.fstat(self.host.fd).st_blocks * 512

@@ -17,6 +17,7 @@ import msgspec
 from livedisk.emulator.block.driver import Driver, register
 from livedisk.emulator.block.node import fill_zeroes
 from livedisk.emulator.block.options import BlockdevOptions, Size
+from livedisk.emulator.block.status import BlockStatus, Status
 from livedisk.emulator.block.types import Kind, Segment, ZeroFlags, whole_sectors
 from livedisk.emulator.errors import BlockError
 
@@ -59,6 +60,10 @@ class NullCo(Driver):
         zero = self.options.read_zeroes and not self._seconds
         return Segment(Kind.ZERO if zero else Kind.OPAQUE, length)
 
+    async def status(self, offset: int, length: int) -> BlockStatus:
+        zero = Status.ZERO if self.options.read_zeroes else Status.DATA
+        return BlockStatus(zero | Status.ALLOCATED | Status.OFFSET_VALID, length, 1, self.node, self.node, offset)
+
     async def read(self, offset: int, view: memoryview) -> None:
         await self._wait()
         fill_zeroes(view)
@@ -84,6 +89,9 @@ class NullCo(Driver):
 
     async def allocated_size(self) -> int:
         return 0
+
+    def dirty_flag(self) -> None:
+        return None
 
 
 class NullAio(NullCo):

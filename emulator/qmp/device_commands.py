@@ -87,7 +87,7 @@ class QueryBlockstats(QapiStruct):
 
 @command("query-blockstats", allow_preconfig=True)
 async def query_blockstats(ctx: Context, args: QueryBlockstats) -> list[BlockStats]:
-    """Statistics of every device, or of every node, newest first."""
+    """Statistics of every device, or of every node, oldest first."""
     if args.query_nodes:
-        return [node_stats(node) for node in reversed(creation_order(ctx.daemon.graph))]
+        return [node_stats(node) for node in creation_order(ctx.daemon.graph)]
     return [device_stats(device) for device in ctx.daemon.devices]
