@@ -205,6 +205,10 @@ class Node:
         """Whether requests are in flight on this very node."""
         return bool(self._in_flight)
 
+    def requests_in_flight(self) -> frozenset[object]:
+        """The requests in flight now: storage that one of them may still use must outlive it."""
+        return frozenset(self._in_flight)
+
     async def _begin(self, offset: int, length: int) -> _InFlight:
         """Track a request that may overlap others, and wait for the serialising ones before it. `_end` it whatever
         happens."""
