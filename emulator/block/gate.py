@@ -1,0 +1,210 @@
+"""The one gate through which a file named inside an image is opened.
+
+An image's header is data, and data may be hostile: a guest that wrote a qcow2 header into its raw disk must not make us open the
+file it names. So an image's driver never opens a name itself; it asks here, and the gate keeps these rules:
+
+* A node or options given by the user win; the header's name is only used where the user said nothing.
+* A relative name is resolved against the directory of the image that names it, as QEMU does. ``json:{...}`` is parsed as
+  options; ``file:`` is a path; any other ``protocol:`` is refused by name unless a driver of that name takes a filename.
+* The format is the recorded one. Where none is recorded the content is *not* believed: QEMU probes (and warns), we open the file
+  as raw only if it does not look like another format, and otherwise say how to record the format. Probing would let whoever
+  wrote the first bytes of a raw disk choose what is opened.
+* A file that is already in the chain above is refused: a loop would never end.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Iterator
+from typing import Any, Final
+
+import msgspec
+
+from livedisk.emulator.block.driver import DRIVERS, driver_class
+from livedisk.emulator.block.node import Edge, Node
+from livedisk.emulator.block.options import BlockdevOptions
+from livedisk.emulator.block.permissions import Role
+from livedisk.emulator.errors import BlockError
+
+UNSET = msgspec.UNSET
+_PROTOCOL: Final = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*):")
+_MAGICS: Final[tuple[tuple[str, int, bytes], ...]] = (
+    ("qcow2", 0, b"QFI\xfb"),
+    ("qed", 0, b"QED\0"),
+    ("vmdk", 0, b"KDMV"),
+    ("vmdk", 0, b"COWD"),
+    ("vmdk", 0, b"# Disk DescriptorFile"),
+    ("vhdx", 0, b"vhdxfile"),
+    ("vpc", 0, b"conectix"),
+    ("vdi", 64, b"\x7f\x10\xda\xbe"),
+    ("parallels", 0, b"WithoutFreeSpace"),
+    ("parallels", 0, b"WithouFreSpacExt"),
+    ("luks", 0, b"LUKS\xba\xbe"),
+    ("bochs", 0, b"Bochs Virtual HD Image"),
+    ("cloop", 0, b"#!/bin/sh\n#V2.0 Format"),
+)
+"""Name, offset, magic: formats that QEMU's probe would find."""
+
+
+def looks_like(start: bytes) -> str | None:
+    """The format other than raw that the first bytes of a file claim, or None."""
+    for name, at, magic in _MAGICS:
+        if start[at : at + len(magic)] == magic:
+            return name
+    return None
+
+
+def resolve(node: Node, filename: str) -> str:
+    """The path or URI that ``filename`` means inside ``node``'s image: relative paths stand beside the image.
+
+    Raises BlockError where the image's own place is not known.
+    """
+    if filename.startswith("json:") or (_PROTOCOL.match(filename) and not filename.startswith("file:")):
+        return filename
+    prefix, path = ("file:", filename[5:]) if filename.startswith("file:") else ("", filename)
+    if os.path.isabs(path):
+        return filename
+    own = node.driver.filename
+    if own.startswith("json:") or not own:
+        raise BlockError(
+            f"Cannot generate a base directory for '{filename}': node '{node.name}' has no filename",
+            hint="Give the backing file or data file as an option instead.",
+        )
+    own = own.removeprefix("file:")
+    return prefix + os.path.join(os.path.dirname(own), path)
+
+
+def protocol_options(node: Node, filename: str) -> BlockdevOptions:
+    """Options of the protocol node that a (resolved) name means. Raises BlockError, naming the protocol, if it is not known."""
+    if filename.startswith("json:"):
+        return _json_options(node, filename[5:])
+    match = _PROTOCOL.match(filename)
+    name = match.group(1) if match is not None else "file"
+    path = filename[5:] if name == "file" and match is not None else filename
+    if name == "file":
+        name = "host_device" if _is_block_device(path) and "host_device" in DRIVERS else "file"
+    cls = DRIVERS.get(name)
+    if cls is None or "filename" not in cls.Options.__struct_fields__:
+        raise BlockError(f"Unknown protocol '{name}'", hint=f"'{filename}' cannot be opened from inside an image.")
+    return cls.Options(driver=name, filename=path)  # type: ignore[call-arg]
+
+
+def _is_block_device(path: str) -> bool:
+    try:
+        mode = os.stat(path).st_mode
+    except OSError:
+        return False
+    return mode & 0o170000 == 0o060000
+
+
+def _json_options(node: Node, text: str) -> BlockdevOptions:
+    parse = node.graph.parse_options
+    if parse is None:
+        raise BlockError("json: filenames are not available here")
+    try:
+        options = json.loads(text)
+    except ValueError as error:
+        raise BlockError(f"Could not parse the JSON options: {error}") from None
+    if not isinstance(options, dict):
+        raise BlockError("Invalid JSON object given")
+    return parse(options)
+
+
+async def open_backing(node: Node, ref: Any, filename: str | None, fmt: str | None) -> Edge | None:
+    """Attach the backing file of ``node``: ``ref`` is the user's option (UNSET: what the header names).
+
+    Raises BlockError or OSError; what was opened is closed then.
+    """
+    role = Role.COW
+    if ref is None:
+        return None
+    if ref is not UNSET:
+        return await node.graph.open_child(node, ref, "backing", role)
+    if not filename:
+        return None
+    try:
+        resolved = resolve(node, filename)
+        _refuse_loop(node, resolved)
+        return await _open_named(node, resolved, fmt)
+    except BlockError as error:
+        raise BlockError(f"Could not open backing file: {error}", hint=error.hint) from error
+    except OSError as error:
+        raise BlockError(f"Could not open backing file: {error.strerror or error}") from error
+
+
+async def _open_named(node: Node, filename: str, fmt: str | None) -> Edge:
+    options = protocol_options(node, filename)
+    if filename.startswith("json:") and driver_class(options.driver).is_format:
+        return await node.graph.open_child(node, options, "backing", Role.COW)
+    if fmt and not driver_class(fmt).is_format:
+        return await node.graph.open_child(node, options, "backing", Role.COW)
+    if not fmt:
+        await _check_raw(node, options, filename)
+    cls = driver_class(fmt or "raw")
+    return await node.graph.open_child(
+        node, cls.Options(driver=cls.name, file=options), "backing", Role.COW  # type: ignore[call-arg]
+    )
+
+
+async def _check_raw(node: Node, options: BlockdevOptions, filename: str) -> None:
+    """Raise BlockError if a file without a recorded format looks like anything but raw data."""
+    look = await node.graph.open(msgspec.structs.replace(options, read_only=True, node_name=UNSET), parent=node, role=Role.COW)
+    try:
+        start = bytearray(min(512, look.size))
+        await look.read(0, memoryview(start))
+    finally:
+        await node.graph.release(look)
+    found = looks_like(bytes(start))
+    if found is not None:
+        raise BlockError(
+            f"the format of backing file '{filename}' is not recorded in the image, and its content looks like {found}",
+            hint=f"If it is {found}, record it: 'qemu-img rebase -u -b {filename} -F {found} IMAGE'; "
+            f"or give backing.driver. A raw disk may have been made to look like {found} by its guest.",
+        )
+
+
+def _refuse_loop(node: Node, filename: str) -> None:
+    """Raise BlockError if the file is one that the chain above is made of."""
+    identity = _identity(filename)
+    if identity is None:
+        return
+    for above in _chain_above(node):
+        own = above.children.get("file")
+        while own is not None:
+            if _identity(own.node.driver.filename) == identity:
+                raise BlockError(f"'{filename}' is already in use above in its own backing chain (a loop)")
+            own = own.node.children.get("file")
+
+
+def _chain_above(node: Node) -> Iterator[Node]:
+    """The node, and the nodes inside whose options it is being opened as a backing file."""
+    seen: set[int] = set()
+    current: Node | None = node
+    while current is not None and id(current) not in seen:
+        seen.add(id(current))
+        yield current
+        current = current.opened_by
+
+
+def _identity(filename: str) -> tuple[int, int] | None:
+    """Which file a name means on this host; None where it is no local file."""
+    try:
+        found = os.stat(filename.removeprefix("file:"))
+    except (OSError, ValueError):
+        return None
+    return found.st_dev, found.st_ino
+
+
+async def open_data_file(node: Node, ref: Any, filename: str | None) -> Edge:
+    """Attach the external data file of ``node``: ``ref`` is the user's option (UNSET: what the header names)."""
+    if ref is not UNSET:
+        return await node.graph.open_child(node, ref, "data-file", Role.DATA)
+    if not filename:
+        raise BlockError("'data-file' is required for this image")
+    try:
+        options = protocol_options(node, resolve(node, filename))
+        return await node.graph.open_child(node, options, "data-file", Role.DATA)
+    except OSError as error:
+        raise BlockError(f"Could not open '{filename}': {error.strerror or error}") from error

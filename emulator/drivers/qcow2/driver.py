@@ -1,0 +1,291 @@
+"""The qcow2 driver: the face of an image towards the block layer.
+
+Opening: the file, the header, the data file, the tables, and (through `gate`) the backing file. Everything at run time is
+`image.py`'s. An image that was not closed with lazy refcounts is repaired when it is opened for writing; one that is marked
+corrupt is only opened read-only.
+
+Source: QEMU ``docs/interop/qcow2.rst``; messages and defaults from ``block/qcow2.c``.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import logging
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+import msgspec
+
+from livedisk.emulator.block import gate
+from livedisk.emulator.block.driver import Driver, register
+from livedisk.emulator.block.node import Node
+from livedisk.emulator.block.options import BlockdevOptions
+from livedisk.emulator.block.permissions import Role
+from livedisk.emulator.block.types import Preallocation, Segment, ZeroFlags
+from livedisk.emulator.drivers.qcow2 import options as opts
+from livedisk.emulator.drivers.qcow2.header import Header, Purpose, read_header
+from livedisk.emulator.drivers.qcow2.image import Image
+from livedisk.emulator.drivers.qcow2.options import Qcow2Options
+from livedisk.emulator.drivers.qcow2.resize import resize
+from livedisk.emulator.errors import BlockError, ImageError
+
+log = logging.getLogger(__name__)
+
+
+class _Prepared(msgspec.Struct):
+    """What a reopen will switch to."""
+
+    options: Qcow2Options
+    image_settings: tuple[Any, ...]
+
+
+class Qcow2(Driver):
+    """An image in qcow2 format, version 2 or 3."""
+
+    name: ClassVar[str] = "qcow2"
+    Options: ClassVar[type[BlockdevOptions]] = Qcow2Options
+    is_format: ClassVar[bool] = True
+    supports_backing: ClassVar[bool] = True
+
+    def __init__(self, node: Node, options: Qcow2Options) -> None:
+        super().__init__(node, options)
+        self.image: Image
+        self._cleaner: asyncio.TimerHandle | None = None
+        self._prepared: _Prepared | None = None
+        self._inactive = False
+
+    # -- life ------------------------------------------------------------------------------------------------------------
+    async def open(self) -> None:
+        """Open the image and what it stands on. Raises BlockError (ImageError for a bad image) or OSError."""
+        edge = await self.node.graph.open_child(self.node, self.options.file, "file", Role.IMAGE)
+        header = await read_header(edge.node, self._purpose())
+        if self.options.encrypt is not msgspec.UNSET:
+            raise BlockError(
+                "No encryption in image header, but options specified format "
+                f"'{self.options.encrypt.format.value}'"
+            )
+        await self._open_data_file(header)
+        await self._load(header)
+        await gate.open_backing(self.node, self.options.backing, header.backing_file, header.backing_format)
+
+    def _purpose(self) -> Purpose:
+        return Purpose.READ if self.node.read_only else Purpose.WRITE
+
+    async def _open_data_file(self, header: Header) -> None:
+        if not header.has_data_file:
+            if self.options.data_file is not msgspec.UNSET:
+                raise BlockError("'data-file' can only be set for images with an external data file")
+            return
+        await gate.open_data_file(self.node, self.options.data_file, header.data_file)
+        self.node.file.role &= ~Role.DATA
+        self.node.graph.refresh_permissions()
+
+    async def _load(self, header: Header) -> None:
+        """Make the run time of the image, repairing what its header asks for."""
+        given = self.options
+        image = Image(
+            self.node,
+            header,
+            opts.cache_sizes(given, header),
+            opts.overlap_sections(given),
+            opts.discard_policy(given, self.node, header),
+        )
+        image.lazy = opts.lazy_refcounts(given, header)
+        self.image = image
+        await image.load()
+        self.map_granularity = image.geometry.subcluster_size
+        if not self.node.read_only and header.prepare_for_writing():
+            await image.write_header()
+        self._clean_later(opts.clean_interval(given))
+
+    def _clean_later(self, interval: int) -> None:
+        if self._cleaner is not None:
+            self._cleaner.cancel()
+            self._cleaner = None
+        if interval:
+            self._cleaner = asyncio.get_running_loop().call_later(interval, self._clean, interval)
+
+    def _clean(self, interval: int) -> None:
+        """Drop metadata that was not used for a whole interval."""
+        self.image.tables.slices.drop_unused()
+        self.image.refcounts.blocks.drop_unused()
+        self._clean_later(interval)
+
+    async def close(self) -> None:
+        """Put everything on the disk; the image is clean afterwards."""
+        self._clean_later(0)
+        if self._inactive or self.node.read_only:
+            return
+        try:
+            await self.image.finish()
+        except OSError as error:
+            log.error("node '%s': Failed to flush the image while closing it: %s", self.node.name, error)
+            raise
+
+    async def inactivate(self) -> None:
+        """Put everything on the disk and forget it: another process may open the image now."""
+        if not self.node.read_only:
+            await self.image.finish()
+        await self.flush()
+        self._inactive = True
+
+    async def activate(self) -> None:
+        """Read the image anew: another process may have changed it."""
+        self._clean_later(0)
+        await self._load(await read_header(self.node.file.node, self._purpose()))
+        self._inactive = False
+        self.node.mapping_changed()
+
+    # -- where -------------------------------------------------------------------------------------------------------------
+    @property
+    def size(self) -> int:
+        return self.image.size
+
+    def map(self, offset: int, length: int) -> Segment:
+        return self.image.map(offset, length)
+
+    async def load(self, offset: int, length: int) -> None:
+        await self.image.tables.load(offset)
+
+    # -- moving bytes --------------------------------------------------------------------------------------------------------
+    async def read(self, offset: int, view: memoryview) -> None:
+        self.image.storage.check_alive()
+        await self.image.read_guest(offset, view)
+
+    async def write(self, offset: int, data: memoryview) -> None:
+        self._check_writable()
+        await self.image.writer.write(offset, data)
+
+    async def write_zeroes(self, offset: int, length: int, flags: ZeroFlags) -> None:
+        self._check_writable()
+        await self.image.zeroer.write_zeroes(offset, length, flags)
+
+    async def discard(self, offset: int, length: int) -> None:
+        self._check_writable()
+        await self.image.zeroer.discard(offset, length)
+
+    async def write_compressed(self, offset: int, data: memoryview) -> None:
+        self._check_writable()
+        await self.image.writer.write_compressed(offset, data)
+
+    def _check_writable(self) -> None:
+        self.image.storage.check_alive()
+        if self._inactive:
+            raise PermissionError(errno.EPERM, f"node '{self.node.name}' is inactive")
+
+    async def flush_metadata(self) -> None:
+        if not self._inactive:
+            await self.image.writeback.run()
+
+    async def truncate(self, size: int, *, exact: bool, prealloc: Preallocation) -> None:
+        self._check_writable()
+        await resize(self.image, size, exact=exact, prealloc=prealloc)
+
+    # -- reopen --------------------------------------------------------------------------------------------------------------
+    async def reopen_prepare(self, options: Any, *, read_only: bool) -> None:
+        """Everything but ``encrypt`` and ``data-file`` may change."""
+        image, header = self.image, self.image.header
+        for name in ("encrypt", "data_file"):
+            if getattr(options, name) != getattr(self.options, name):
+                raise BlockError(f"Cannot change the option '{name.replace('_', '-')}'")
+        settings = (
+            opts.cache_sizes(options, header),
+            opts.overlap_sections(options),
+            opts.discard_policy(options, self.node, header),
+            opts.lazy_refcounts(options, header),
+            opts.clean_interval(options),
+        )
+        if self.node.read_only and not read_only:
+            self._check_may_write(header)
+        elif not self.node.read_only:
+            # Whatever comes, it starts from a clean image: the caches may be replaced, the dirty bit is not left behind.
+            await image.finish()
+            await self.flush()
+        self._prepared = _Prepared(options, settings)
+
+    def _check_may_write(self, header: Header) -> None:
+        if header.corrupt:
+            raise ImageError("qcow2: Image is corrupt; cannot be opened read/write")
+        if header.dirty or header.stale_bitmaps or header.autoclear & ~3:
+            raise BlockError(
+                f"Node '{self.node.name}' must be closed and opened for writing: its image needs a repair that only "
+                "opening does"
+            )
+
+    def reopen_commit(self) -> None:
+        prepared, self._prepared = self._prepared, None
+        assert prepared is not None
+        self.options = prepared.options
+        image = self.image
+        sizes, checked, image.discards, image.lazy, interval = prepared.image_settings
+        image.storage.guard.checked = checked
+        if not image.tables.slices.dirty:
+            image.tables.resize_cache(sizes.l2, sizes.l2_slice)
+        self._clean_later(interval)
+        self.node.mapping_changed()
+
+    def reopen_abort(self) -> None:
+        self._prepared = None
+
+    # -- words ---------------------------------------------------------------------------------------------------------------
+    def backing_filename(self) -> str | None:
+        return self.image.header.backing_file
+
+    def backing_format(self) -> str | None:
+        return self.image.header.backing_format
+
+    async def change_backing_file(self, filename: str | None, fmt: str | None) -> None:
+        """Rewrite the header with these. Raises OSError: EINVAL where the name is too long or the data file is raw, ENOSPC where
+        it does not fit."""
+        header = self.image.header
+        if filename and header.data_file_raw:
+            raise OSError(errno.EINVAL, f"{os.strerror(errno.EINVAL)}: a raw data file cannot have a backing file")
+        before = header.backing_file, header.backing_format
+        header.backing_file, header.backing_format = filename or None, (fmt or None) if filename else None
+        try:
+            await self.image.write_header()
+        except BaseException:
+            header.backing_file, header.backing_format = before
+            raise
+
+    def cluster_size(self) -> int:
+        return self.image.geometry.cluster_size
+
+    def dirty_flag(self) -> bool:
+        return self.image.header.dirty
+
+    def specific_info(self) -> Mapping[str, Any]:
+        """QEMU's ImageInfoSpecificQCow2."""
+        header = self.image.header
+        data: dict[str, Any] = {"compat": header.compat, "compression-type": header.compression_type.name.lower()}
+        if header.version >= 3:
+            data["lazy-refcounts"] = header.lazy_refcounts
+        data["refcount-bits"] = self.image.geometry.refcount_bits
+        if header.version >= 3:
+            data["corrupt"] = header.corrupt
+            data["extended-l2"] = header.extended_l2
+            if header.has_data_file:
+                if header.data_file is not None:
+                    data["data-file"] = header.data_file
+                data["data-file-raw"] = header.data_file_raw
+        return {"type": "qcow2", "data": data}
+
+    def snapshots(self) -> Sequence[Mapping[str, Any]]:
+        return ()
+
+    async def allocated_size(self) -> int | None:
+        """Of the file, and of the data file."""
+        total: int | None = None
+        for name in ("file", "data-file"):
+            edge = self.node.children.get(name)
+            with contextlib.suppress(OSError):
+                size = await edge.node.driver.allocated_size() if edge is not None else None
+                if size is not None:
+                    total = (total or 0) + size
+        return total
+
+
+register(Qcow2)

@@ -1,0 +1,266 @@
+"""One open qcow2 image: its parts put together, and what they need of each other.
+
+    header.py     what the first cluster says            points.py     the names of metadata writes, and their order
+    storage.py    the files; metadata goes out here       overlap.py    what must not be overwritten
+    refcount.py   refcounts, cached                       alloc.py      free clusters
+    tables.py     L1 and L2 tables, cached                writeback.py  caches to disk, in order
+    write.py      guest writes                            zero.py       zeroes and discards
+    compress.py   compressed clusters                     resize.py     a new virtual size, preallocation
+
+`driver.py` is the face that the block layer sees. Nothing here knows options' spelling.
+"""
+
+from __future__ import annotations
+
+import struct
+from array import array
+from dataclasses import dataclass
+from typing import Final
+
+from livedisk.emulator.block.node import Node, fill_zeroes
+from livedisk.emulator.block.types import HostOffset, Kind, NotMapped, Segment
+from livedisk.emulator.drivers.qcow2.alloc import Allocator
+from livedisk.emulator.drivers.qcow2.compress import Decompressor
+from livedisk.emulator.drivers.qcow2.geometry import COMPRESSED, OFFSET_MASK, table_from_bytes
+from livedisk.emulator.drivers.qcow2.header import Header, Incompatible
+from livedisk.emulator.drivers.qcow2.overlap import OverlapGuard, Section
+from livedisk.emulator.drivers.qcow2.points import Point
+from livedisk.emulator.drivers.qcow2.refcount import Refcounts
+from livedisk.emulator.drivers.qcow2.storage import Storage
+from livedisk.emulator.drivers.qcow2.tables import Run, State, Tables
+from livedisk.emulator.drivers.qcow2.write import Writer
+from livedisk.emulator.drivers.qcow2.writeback import Writeback
+from livedisk.emulator.drivers.qcow2.zero import Zeroer
+
+SECTOR: Final = 512
+_KINDS: Final = {
+    State.UNALLOCATED: Kind.UNALLOCATED,
+    State.UNALLOCATED_ALLOC: Kind.UNALLOCATED,
+    State.COMPRESSED: Kind.COMPRESSED,
+    State.INVALID: Kind.OPAQUE,
+}
+
+
+@dataclass(frozen=True)
+class CacheSizes:
+    """Bytes: of all L2 slices, of one L2 slice, of all refcount blocks."""
+
+    l2: int
+    l2_slice: int
+    refcount: int
+
+
+@dataclass(frozen=True)
+class DiscardPolicy:
+    """Which freed clusters are passed on to the file as a discard, and whether a discard keeps the host cluster."""
+
+    request: bool
+    snapshot: bool
+    other: bool
+    no_unref: bool
+
+
+class Image:
+    """The run time of one image. ``header`` is what the disk has; ``size`` is the virtual size in bytes."""
+
+    def __init__(self, node: Node, header: Header, sizes: CacheSizes, checked: Section, discards: DiscardPolicy) -> None:
+        self.node = node
+        self.header = header
+        self.geometry = header.geometry
+        self.size = header.virtual_size
+        self.discards = discards
+        self.lazy = False
+        guard = OverlapGuard(self.geometry.cluster_size, checked)
+        self.storage = Storage(node, guard)
+        self.storage.mark_corrupt = self.mark_corrupt
+        self.refcounts = Refcounts(
+            self.storage,
+            self.geometry.refcount_bits,
+            self.geometry.cluster_size,
+            header.refcount_table_offset,
+            sizes.refcount,
+        )
+        self.allocator = Allocator(self.refcounts, fresh_from=self.storage.file.node.size)
+        self.tables = Tables(
+            self.storage, self.allocator, self.geometry, header.version, raw_data=header.data_file_raw
+        )
+        self.tables.resize_cache(sizes.l2, sizes.l2_slice)
+        self.writeback = Writeback(self.tables, self.allocator, lambda: self.header.dirty)
+        self.allocator.write_refcounts = self.writeback.write_refcounts
+        self.allocator.table_moved = self._refcount_table_moved
+        self.writer = Writer(self)
+        self.zeroer = Zeroer(self)
+        self.decompressor = Decompressor(header.compression_type, self.geometry.cluster_size)
+
+    async def load(self) -> None:
+        """Read the L1 table and the refcount table, and tell the guard where everything stands. Raises OSError."""
+        header, size = self.header, self.geometry.cluster_size
+        l1 = await self.storage.read(header.l1_table_offset, header.l1_size * 8)
+        self.tables.adopt(table_from_bytes(l1), header.l1_table_offset)
+        table = await self.storage.read(header.refcount_table_offset, header.refcount_table_clusters * size)
+        self.refcounts.adopt(table_from_bytes(table), header.refcount_table_offset)
+        if header.bitmaps is not None:
+            directory = header.bitmaps
+            self.storage.guard.set_ranges(
+                Section.BITMAP_DIRECTORY, [(directory.directory_offset, self.geometry.round_up(directory.directory_size))]
+            )
+
+    # -- where ---------------------------------------------------------------------------------------------------------
+    def map(self, offset: int, length: int) -> Segment:
+        """The generic path's question: see `Driver.map`."""
+        storage = self.storage
+        if storage.dead:
+            return Segment(Kind.OPAQUE, length)
+        run = self.tables.lookup(offset, length)
+        state = run.state
+        if state is State.NORMAL:
+            if self.tables.raw_data and self.tables.misplaced(run, offset) is not None:
+                return Segment(Kind.OPAQUE, run.length)
+            in_place = run.copied and self._may_write_in_place(run)
+            return Segment(Kind.DATA, run.length, storage.data, HostOffset(run.host), in_place)
+        if state is State.ZERO:
+            return Segment(Kind.ZERO, run.length)
+        if state is State.ZERO_ALLOC:
+            return Segment(Kind.ZERO, run.length, storage.data, HostOffset(run.host))
+        return Segment(_KINDS[state], run.length)
+
+    def _may_write_in_place(self, run: Run) -> bool:
+        storage = self.storage
+        return storage.has_data_file or storage.guard.hit(run.host, run.length) is None
+
+    async def check_run(self, run: Run, offset: int) -> None:
+        """Before a write in place: raise EIO, having marked the image, if it would hit metadata or the wrong place."""
+        damage = self.tables.misplaced(run, offset)
+        if damage is not None:
+            raise await self.storage.corrupt(damage)
+        if not self.storage.has_data_file:
+            await self.storage.check_overlap(run.host, run.length)
+
+    async def lookup(self, offset: int, length: int) -> Run:
+        """`Tables.lookup`, reading metadata as needed."""
+        while True:
+            try:
+                return self.tables.lookup(offset, length)
+            except NotMapped:
+                await self.tables.load(offset)
+
+    async def reads_as_zero(self, offset: int, length: int) -> bool:
+        """Whether a guest range is known to read as zeroes without reading any data."""
+        while length > 0:
+            run = await self.lookup(offset, length)
+            if run.state in (State.UNALLOCATED, State.UNALLOCATED_ALLOC):
+                backing = self.node.backing
+                if backing is not None and offset < backing.node.size:
+                    return False
+            elif run.state not in (State.ZERO, State.ZERO_ALLOC):
+                return False
+            offset += run.length
+            length -= run.length
+        return True
+
+    async def read_guest(self, offset: int, view: memoryview) -> None:
+        """What the guest sees, read inside a request of this node (which is in flight already)."""
+        while len(view):
+            run = await self.lookup(offset, len(view))
+            await self._read_run(run, offset, view[: run.length])
+            view = view[run.length :]
+            offset += run.length
+
+    async def _read_run(self, run: Run, offset: int, view: memoryview) -> None:
+        if run.state is State.NORMAL:
+            damage = self.tables.misplaced(run, offset)
+            if damage is not None:
+                raise await self.storage.corrupt(damage)
+            await self.storage.data.read(run.host, view)
+        elif run.state is State.COMPRESSED:
+            await self.read_compressed(run, offset, view)
+        elif run.state is State.INVALID:
+            raise await self.storage.corrupt(self.tables.damage(offset))
+        elif run.state in (State.UNALLOCATED, State.UNALLOCATED_ALLOC) and self.node.backing is not None:
+            await self.node.backing.read(offset, view)
+        else:
+            fill_zeroes(view)
+
+    async def read_compressed(self, run: Run, offset: int, view: memoryview) -> None:
+        """Fill ``view`` from one compressed cluster."""
+        plain = self.decompressor.known(run.entry)
+        if plain is None:
+            where, length = self.geometry.compressed_extent(run.entry)
+            plain = await self.decompressor.unpack(run.entry, await self.storage.read(where, length))
+        inside = self.geometry.into_cluster(offset)
+        view[:] = plain[inside : inside + len(view)]
+
+    # -- letting go ------------------------------------------------------------------------------------------------------
+    def release(self, entry: int, *, punch: bool = False) -> None:
+        """Whatever storage an L2 entry led to lost this reference."""
+        if entry & COMPRESSED:
+            self.decompressor.forget()
+            self.allocator.retire(*self.geometry.compressed_extent(entry), punch=punch)
+        elif not self.storage.has_data_file and entry & OFFSET_MASK:
+            self.allocator.retire(
+                entry & OFFSET_MASK, self.geometry.cluster_size, punch=punch or self.discards.other
+            )
+
+    # -- the header ------------------------------------------------------------------------------------------------------
+    async def before_allocation(self) -> None:
+        """With lazy refcounts: set the dirty bit, durably, before refcounts fall behind."""
+        if self.lazy and not self.header.dirty:
+            await self.set_dirty(dirty=True)
+
+    async def set_dirty(self, *, dirty: bool) -> None:
+        """Set or clear the dirty bit and make it durable. Raises OSError."""
+        bits = int(Incompatible.DIRTY)
+        wanted = self.header.incompatible | bits if dirty else self.header.incompatible & ~bits
+        if not dirty:
+            await self.storage.barrier()
+        await self._put_incompatible(Point.DIRTY_BIT, wanted)
+        self.header.incompatible = wanted
+
+    async def mark_corrupt(self) -> None:
+        """Set the corrupt bit (version 3), past all checks: this is the last write to the image."""
+        if self.header.version < 3 or self.header.corrupt:
+            return
+        self.header.incompatible |= Incompatible.CORRUPT
+        try:
+            raw = struct.pack(">Q", self.header.incompatible)
+            if self.storage.observer is not None:
+                self.storage.observer(Point.CORRUPT_BIT)
+            await self.storage.file.write(72, memoryview(raw))
+            await self.storage.barrier()
+        except OSError:
+            pass  # the request fails with EIO in any case, and the image stays unusable in this process
+
+    async def _put_incompatible(self, point: Point, bits: int) -> None:
+        """Write the incompatible feature bits alone (one sector, so old or new) and make them durable."""
+        await self.storage.put(point, Section.MAIN_HEADER, 72, struct.pack(">Q", bits))
+        await self.storage.barrier()
+
+    async def write_header(self) -> None:
+        """Write the whole first cluster, after everything it refers to, and make it durable. Raises OSError."""
+        raw = self.header.cluster()
+        await self.storage.barrier()
+        await self.storage.put(Point.HEADER, Section.MAIN_HEADER, 0, raw)
+        await self.storage.barrier()
+
+    def _refcount_table_moved(self, offset: int, clusters: int) -> None:
+        self.header.refcount_table_offset = offset
+        self.header.refcount_table_clusters = clusters
+
+    # -- the end ---------------------------------------------------------------------------------------------------------
+    async def finish(self) -> None:
+        """Put everything on the disk and clear the dirty bit. All requests are done. Raises OSError."""
+        if self.storage.dead:
+            return
+        for offset, count in self.allocator.quarantine:
+            self.allocator.give_back(offset, count)
+        self.allocator.quarantine.clear()
+        await self.writeback.finish()
+        if self.header.dirty:
+            await self.set_dirty(dirty=False)
+
+    def forget(self) -> None:
+        """Drop all cached metadata (it is on the disk)."""
+        self.tables.slices.clear()
+        self.refcounts.blocks.clear()
+        self.decompressor.forget()
+        self.tables.adopt(array("Q"), 0)

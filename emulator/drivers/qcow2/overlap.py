@@ -1,0 +1,108 @@
+"""What must not be overwritten: where an image's metadata stands, and the check before every write to its file.
+
+A damaged table may claim a cluster that holds metadata. The guard knows the ranges that never move while the image is open, and
+the clusters of the active L2 tables and refcount blocks, sorted, so that one binary search answers for a whole run of clusters.
+Which sections are checked is the option ``overlap-check`` (default ``cached``). Inactive L2 tables (template ``all``) are read
+when the image is opened; they only change with snapshots.
+
+Source: QEMU ``block/qcow2-refcount.c`` (qcow2_check_metadata_overlap), ``qapi/block-core.json`` (Qcow2OverlapCheckFlags).
+"""
+
+from __future__ import annotations
+
+from array import array
+from bisect import bisect_left
+from collections.abc import Iterable
+from enum import IntFlag
+
+
+class Section(IntFlag):
+    """A part of the metadata; the values are QEMU's QCOW2_OL_*."""
+
+    NONE = 0
+    MAIN_HEADER = 1
+    ACTIVE_L1 = 2
+    ACTIVE_L2 = 4
+    REFCOUNT_TABLE = 8
+    REFCOUNT_BLOCK = 16
+    SNAPSHOT_TABLE = 32
+    INACTIVE_L1 = 64
+    INACTIVE_L2 = 128
+    BITMAP_DIRECTORY = 256
+
+
+TEMPLATES: dict[str, Section] = {
+    "none": Section.NONE,
+    "constant": Section.MAIN_HEADER | Section.REFCOUNT_TABLE | Section.SNAPSHOT_TABLE | Section.BITMAP_DIRECTORY
+    | Section.ACTIVE_L1,
+    "cached": Section(511) & ~Section.INACTIVE_L2,
+    "all": Section(511),
+}
+
+_NAMES = {
+    Section.MAIN_HEADER: "qcow2_header",
+    Section.ACTIVE_L1: "active L1 table",
+    Section.ACTIVE_L2: "active L2 table",
+    Section.REFCOUNT_TABLE: "refcount table",
+    Section.REFCOUNT_BLOCK: "refcount block",
+    Section.SNAPSHOT_TABLE: "snapshot table",
+    Section.INACTIVE_L1: "inactive L1 table",
+    Section.INACTIVE_L2: "inactive L2 table",
+    Section.BITMAP_DIRECTORY: "bitmap directory",
+}
+
+
+class OverlapGuard:
+    """Where the metadata stands. Offsets and lengths are bytes in the image's file.
+
+    ``checked``: the sections that writes are checked against. With a data file the guest's data cannot overlap; metadata still
+    can.
+    """
+
+    def __init__(self, cluster_size: int, checked: Section) -> None:
+        self.checked = checked
+        self._cluster_size = cluster_size
+        self._ranges: list[tuple[Section, int, int]] = []
+        self._clusters: dict[Section, array[int]] = {
+            Section.ACTIVE_L2: array("Q"),
+            Section.REFCOUNT_BLOCK: array("Q"),
+            Section.INACTIVE_L2: array("Q"),
+        }
+
+    def set_ranges(self, section: Section, ranges: Iterable[tuple[int, int]]) -> None:
+        """Say where a section with a few long ranges stands: ``(offset, length)`` each."""
+        self._ranges = [known for known in self._ranges if known[0] is not section]
+        self._ranges += [(section, offset, offset + length) for offset, length in ranges if length]
+
+    def set_clusters(self, section: Section, offsets: Iterable[int]) -> None:
+        """Say where a section of single clusters stands (zero offsets are left out)."""
+        self._clusters[section] = array("Q", sorted(offset for offset in offsets if offset))
+
+    def add_cluster(self, section: Section, offset: int) -> None:
+        """A new table."""
+        known = self._clusters[section]
+        known.insert(bisect_left(known, offset), offset)
+
+    def remove_cluster(self, section: Section, offset: int) -> None:
+        """A table is gone."""
+        known = self._clusters[section]
+        at = bisect_left(known, offset)
+        if at < len(known) and known[at] == offset:
+            del known[at]
+
+    def hit(self, offset: int, length: int, but: Section = Section.NONE) -> str | None:
+        """The name of a checked section that a write to the range would touch, leaving out ``but``; or None."""
+        checked = self.checked & ~but
+        end = offset + length
+        if checked & Section.MAIN_HEADER and offset < self._cluster_size:
+            return _NAMES[Section.MAIN_HEADER]
+        for section, start, stop in self._ranges:
+            if checked & section and start < end and offset < stop:
+                return _NAMES[section]
+        first = offset - self._cluster_size + 1 if offset >= self._cluster_size else 0
+        for section, known in self._clusters.items():
+            if checked & section and known:
+                at = bisect_left(known, first)
+                if at < len(known) and known[at] < end:
+                    return _NAMES[section]
+        return None

@@ -1,0 +1,307 @@
+"""Writes: in place where the cluster is the image's own, otherwise into new clusters that are published afterwards.
+
+An allocating write goes through these steps; other requests run between any two of them::
+
+    plan      which clusters, contiguous both in the guest and on the host; they are owned (refcount 1) at once
+    fill      the data, and around it what the first and last cluster held before (copy on write), in one write
+    publish   the L2 entries, the retired old clusters, `Node.mapping_changed`: all between two awaits
+
+Writes to one cluster that both need an allocation queue up (`Writer.settled`); others run side by side. If filling fails, the
+clusters go back and nothing was changed. What is published is in memory; `writeback.py` gets it to the disk in order.
+
+Copying is needed per subcluster with extended L2 entries, else per cluster. Bytes that read as zeroes are not copied into
+clusters that nobody ever wrote to (`Allocator.fresh_from`). Source: QEMU ``block/qcow2-cluster.c``.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from array import array
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Final, NamedTuple
+
+from livedisk.emulator.block.types import NotMapped, ZeroFlags
+from livedisk.emulator.drivers.qcow2.cache import Table
+from livedisk.emulator.drivers.qcow2.geometry import ALL_SUBCLUSTERS_ALLOCATED, COMPRESSED, COPIED, OFFSET_MASK
+from livedisk.emulator.drivers.qcow2.tables import State
+
+if TYPE_CHECKING:
+    from livedisk.emulator.drivers.qcow2.image import Image
+
+MAX_MERGED: Final = 2 << 20
+"""Bytes: up to here data and copied surroundings go out in one write."""
+_BIG_ZERO: Final = 64 << 10
+
+
+class _Claim:
+    """Guest clusters ``[start, end)`` (bytes) whose allocation is under way."""
+
+    __slots__ = ("done", "end", "start")
+
+    def __init__(self, start: int, end: int) -> None:
+        self.start = start
+        self.end = end
+        self.done: asyncio.Future[None] | None = None
+
+
+class _Plan(NamedTuple):
+    """One piece of an allocating write. All in bytes.
+
+    ``start``, ``end``: the guest clusters; ``host``: where they go; ``new``: clusters taken from the allocator (0: the host
+    clusters were there already); ``fresh``: the host clusters read as zeroes; ``copy_from``, ``copy_to``: guest range that must
+    be whole afterwards: what the write does not cover of it is copied.
+    """
+
+    start: int
+    end: int
+    host: int
+    new: int
+    fresh: bool
+    copy_from: int
+    copy_to: int
+
+
+class Writer:
+    """All changes of guest data in one image."""
+
+    def __init__(self, image: Image) -> None:
+        self.image = image
+        self._claims: list[_Claim] = []
+
+    # -- requests ------------------------------------------------------------------------------------------------------
+    async def write(self, offset: int, data: memoryview) -> None:
+        """Write ``data`` at guest ``offset`` (bytes). Raises OSError."""
+        image, position, end = self.image, 0, len(data)
+        tables = image.tables
+        while position < end:
+            at = offset + position
+            try:
+                run = tables.lookup(at, end - position)
+            except NotMapped:
+                await tables.load(at)
+                continue
+            if run.state is State.NORMAL and run.copied:
+                await image.check_run(run, at)
+                await image.storage.data.write(run.host, data[position : position + run.length])
+                position += run.length
+            elif run.state is State.INVALID:
+                raise await image.storage.corrupt(tables.damage(at))
+            else:
+                position += await self._allocating(at, data[position : position + min(run.length, MAX_MERGED)])
+
+    async def settled(self, start: int, end: int) -> None:
+        """Return when no allocation is under way in these guest clusters (bytes)."""
+        while True:
+            claim = self._conflict(start, end)
+            if claim is None:
+                return
+            if claim.done is None:
+                claim.done = asyncio.get_running_loop().create_future()
+            await asyncio.shield(claim.done)
+
+    def _conflict(self, start: int, end: int) -> _Claim | None:
+        for claim in self._claims:
+            if claim.start < end and start < claim.end:
+                return claim
+        return None
+
+    # -- allocating writes -----------------------------------------------------------------------------------------------
+    async def _allocating(self, offset: int, data: memoryview) -> int:
+        """Write the first part of ``data``; gives how many bytes. 0: look again, the mapping may have changed."""
+        image, size = self.image, self.image.geometry.cluster_size
+        first = offset & ~(size - 1)
+        await self.settled(first, first + size)
+        table, index = await image.tables.own(offset)
+        if not image.storage.has_data_file:
+            await image.allocator.ensure()
+        await image.before_allocation()
+        # No await from here until the claim stands.
+        found = image.tables.cached(offset)
+        if found is None or found[0] is not table or self._conflict(first, first + size) is not None:
+            return 0
+        plan = self._plan(table.data, index, offset, len(data))
+        if plan is None:
+            return 0
+        claim = _Claim(plan.start, plan.end)
+        self._claims.append(claim)
+        done = min(len(data), plan.end - offset)
+        try:
+            await self._fill(plan, offset, data[:done])
+            await self._publish(plan)
+        except OSError:
+            if plan.new:
+                image.allocator.give_back(plan.host, plan.new)
+            raise
+        except BaseException:  # cancelled: a thread may still be writing there
+            if plan.new:
+                image.allocator.quarantine.append((plan.host, plan.new))
+            raise
+        finally:
+            self._claims.remove(claim)
+            if claim.done is not None:
+                claim.done.set_result(None)
+        if image.writeback.urgent:
+            await image.writeback.run()
+        return done
+
+    def _plan(self, data: array[int], index: int, offset: int, length: int) -> _Plan | None:
+        """Choose host clusters for the start of a write, and own them. None: nothing to allocate, or somebody was quicker."""
+        tables, geometry = self.image.tables, self.image.geometry
+        size, step = geometry.cluster_size, tables.words
+        start = offset & ~(size - 1)
+        wanted = min(-(-(offset + length - start) // size), tables.slice_entries - index)
+        wanted = self._unclaimed(start, wanted)
+        entry = data[index * step]
+        reuse = tables.has_host(entry) and entry >= COPIED
+        count = 1
+        while count < wanted and self._alike(data[(index + count) * step], entry + count * size, reuse=reuse):
+            count += 1
+        if reuse:
+            if not self._needs_change(offset):
+                return None
+            host, new, fresh = entry & OFFSET_MASK, 0, False
+        elif self.image.storage.has_data_file:
+            host, new, fresh = start, 0, False
+        else:
+            before = self.image.allocator.fresh_from
+            got = self.image.allocator.take(count)
+            if got is None:
+                return None
+            host, new = got
+            count, fresh = new, host >= before
+        copy_from, copy_to = self._copy_range(data, index, count, offset, min(offset + length, start + count * size))
+        return _Plan(start, start + count * size, host, new, fresh, copy_from, copy_to)
+
+    def _unclaimed(self, start: int, count: int) -> int:
+        size = self.image.geometry.cluster_size
+        for claim in self._claims:
+            if start < claim.start < start + count * size:
+                count = (claim.start - start) // size
+        return count
+
+    def _alike(self, entry: int, expected: int, *, reuse: bool) -> bool:
+        """Whether the next cluster can be part of the same plan."""
+        tables = self.image.tables
+        if reuse:  # its own host cluster, right behind, with the same flags
+            return entry == expected
+        return not (tables.has_host(entry) and entry >= COPIED)
+
+    def _needs_change(self, offset: int) -> bool:
+        """Whether the (sub)cluster of ``offset`` still is not plain data: another write may have made it so."""
+        try:
+            run = self.image.tables.lookup(offset, 1)
+        except NotMapped:
+            return False
+        return run.state in (State.ZERO_ALLOC, State.UNALLOCATED_ALLOC)
+
+    def _copy_range(self, data: array[int], index: int, count: int, offset: int, end: int) -> tuple[int, int]:
+        """Guest range, in whole (sub)clusters, that holds valid data after the write."""
+        tables = self.image.tables
+        size, granule = tables.cluster_size, tables.granule
+        low, high = offset // granule * granule, -(-end // granule) * granule
+        if tables.extended:
+            # Clusters that lose their host cluster take all they have with them.
+            first, last = data[index * 2], data[(index + count - 1) * 2]
+            if self._moves(first):
+                low = offset // size * size
+            if self._moves(last):
+                high = -(-end // size) * size
+        return low, high
+
+    def _moves(self, entry: int) -> bool:
+        return bool(entry & COMPRESSED) or (self.image.tables.has_host(entry) and entry < COPIED)
+
+    # -- filling ---------------------------------------------------------------------------------------------------------
+    async def _fill(self, plan: _Plan, offset: int, data: memoryview) -> None:
+        """Write the data and what must be copied around it to the planned host clusters."""
+        image = self.image
+        end = offset + len(data)
+        host = plan.host - plan.start
+        if not image.storage.has_data_file:
+            await image.storage.check_overlap(host + plan.copy_from, plan.copy_to - plan.copy_from)
+        head, tail = offset - plan.copy_from, plan.copy_to - end
+        if head and await self._leave_zero(plan, plan.copy_from, head):
+            head = 0
+        if tail and await self._leave_zero(plan, end, tail):
+            tail = 0
+        target = image.storage.data
+        if not head and not tail:
+            await target.write(host + offset, data)
+        elif head + len(data) + tail <= MAX_MERGED:
+            await target.write(host + offset - head, memoryview(await self._merged(offset, head, data, tail)))
+        else:
+            if head:
+                await target.write(host + offset - head, memoryview(await self._old(offset - head, head)))
+            await target.write(host + offset, data)
+            if tail:
+                await target.write(host + end, memoryview(await self._old(end, tail)))
+
+    async def _merged(self, offset: int, head: int, data: memoryview, tail: int) -> bytearray:
+        merged = bytearray(head + len(data) + tail)
+        view = memoryview(merged)
+        end = head + len(data)
+        view[head:end] = data
+        if head:
+            await self.image.read_guest(offset - head, view[:head])
+        if tail:
+            await self.image.read_guest(offset + len(data), view[end:])
+        return merged
+
+    async def _old(self, offset: int, length: int) -> bytearray:
+        raw = bytearray(length)
+        await self.image.read_guest(offset, memoryview(raw))
+        return raw
+
+    async def _leave_zero(self, plan: _Plan, offset: int, length: int) -> bool:
+        """Whether this part around the data reads as zeroes and the host range already does, or could be made to cheaply."""
+        if not await self.image.reads_as_zero(offset, length):
+            return False
+        if plan.fresh:
+            return True
+        if length < _BIG_ZERO:
+            return False
+        try:
+            at = plan.host - plan.start + offset
+            await self.image.storage.data.node.write_zeroes(at, length, ZeroFlags.NO_FALLBACK | ZeroFlags.MAY_UNMAP)
+        except OSError:
+            return False  # the caller writes zeroes out instead
+        return True
+
+    # -- publishing ------------------------------------------------------------------------------------------------------
+    async def _publish(self, plan: _Plan) -> None:
+        """Let the L2 entries lead to the planned host clusters; what they led to before is retired."""
+        table, index = await self.image.tables.own(plan.start)
+        # No await from here on: a reader sees all of it or nothing.
+        size = self.image.geometry.cluster_size
+        count = (plan.end - plan.start) // size
+        if self.image.tables.extended:
+            self._publish_extended(table, index, count, plan)
+        else:
+            old = table.data[index : index + count]
+            first = plan.host | COPIED
+            table.data[index : index + count] = array("Q", range(first, first + count * size, size))
+            self._release(plan, old)
+        self.image.tables.mark(table, index, count)
+        self.image.node.mapping_changed(plan.start, plan.end - plan.start)
+
+    def _publish_extended(self, table: Table[array[int]], index: int, count: int, plan: _Plan) -> None:
+        size, granule = self.image.geometry.cluster_size, self.image.tables.granule
+        for number in range(count):
+            start = plan.start + number * size
+            low = max(plan.copy_from - start, 0) // granule
+            high = min(plan.copy_to - start, size) // granule
+            bits = ((1 << high) - (1 << low)) & ALL_SUBCLUSTERS_ALLOCATED
+            at = (index + number) * 2
+            old = table.data[at]
+            table.data[at] = plan.host + number * size | COPIED
+            table.data[at + 1] = (table.data[at + 1] & ~(bits << 32)) | bits
+            if old & COMPRESSED:
+                table.data[at + 1] = ALL_SUBCLUSTERS_ALLOCATED
+            self._release(plan, (old,))
+
+    def _release(self, plan: _Plan, entries: Iterable[int]) -> None:
+        """What the entries led to before is not used here any more, unless it was used again."""
+        if plan.new:
+            for entry in entries:
+                if entry:
+                    self.image.release(entry)
