@@ -141,7 +141,7 @@ class Session:
         arguments = message.get("arguments")
         if request.as_written or not _has_numbers(arguments):
             return message
-        return {**message, "arguments": (await self.schema()).coerce(message["execute"], arguments)}
+        return {**message, "arguments": (await self.schema()).coerce(message["execute"], arguments or {})}
 
 
 def _has_numbers(value: Any) -> bool:

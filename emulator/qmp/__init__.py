@@ -18,7 +18,7 @@
 To add a command, anywhere that is imported before the daemon serves (``*_commands.py`` beside this file, a package
 named in the entry-point group ``livedisk.plugins``)::
 
-    class BlockResize(QapiStruct):                  # a member with a default is optional
+    class BlockResize(QapiStruct, kw_only=True):    # a member with a default is optional
         device: str | UnsetType = UNSET
         node_name: str | UnsetType = UNSET
         size: int                                   # QAPI's int (64 bit signed); UInt32, Size, ... come from qapi.py

@@ -36,7 +36,8 @@ from msgspec import UNSET, Meta, UnsetType
 class QapiStruct(msgspec.Struct, rename="kebab", kw_only=True, omit_defaults=True, forbid_unknown_fields=True):
     """Base for arguments, results and events: ``node_name`` in Python is ``node-name`` on the wire.
 
-    A member with an underscore on the wire says so: ``msgspec.field(name="backing_file")``.
+    A member with an underscore on the wire says so: ``msgspec.field(name="backing_file")``. A class with a required
+    member behind an optional one says ``kw_only=True``, which msgspec does not inherit.
     """
 
 

@@ -166,9 +166,12 @@ class Lexer:
         self._position -= len(line) + 1
 
     def flush(self) -> None:
-        """The input has ended: what is complete without a further byte becomes a token, the rest an error."""
-        if self._state is not _S.START:
-            self.feed(b"\x00")
+        """The input has ended: what is complete without a further byte becomes a token. Raises JsonError for the rest
+        of one."""
+        if self._state in _COMPLETE:
+            self.feed(b" ")
+        elif self._state not in (_S.START, _S.RECOVERY):
+            raise self._stray(_S.START)
 
     def next_token(self) -> bytes | None:
         """The next token, or None if the input ends before it does. Raises JsonError for what starts or continues no
@@ -220,8 +223,11 @@ class Lexer:
             return self._restart(_S.START)
         self._token.append(byte)
         self._position += 1
-        stray = self._restart(_S.RECOVERY).partition(b"\x00")[0]
-        raise _parse_error(f"stray '{decode_leniently(stray)}'")
+        raise self._stray(_S.RECOVERY)
+
+    def _stray(self, state: _State) -> JsonError:
+        token = self._restart(state).partition(b"\x00")[0]
+        return _parse_error(f"stray '{decode_leniently(token)}'")
 
     def _restart(self, state: _State) -> bytes:
         token = bytes(self._token)
@@ -437,7 +443,11 @@ class Parser:
 
     def finish(self) -> Any:
         """The input has ended: the last value, or NOTHING. Raises JsonError for one that is cut off."""
-        self._lexer.flush()
+        try:
+            self._lexer.flush()
+        except JsonError:
+            self._reset()
+            raise
         value = self.next()
         if value is NOTHING and self._tokens:
             return self._emit()
@@ -511,13 +521,19 @@ def parse_one(data: bytes) -> Any:
     parser = Parser()
     parser.feed(data)
     values: list[Any] = []
-    while (value := parser.next()) is not NOTHING:
-        values.append(value)
-    last = parser.finish()
-    if last is not NOTHING:
-        values.append(last)
+    for ask in (parser.next, parser.finish):
+        while True:
+            try:
+                value = ask()
+            except JsonError:
+                if not values:
+                    raise
+                value = None
+            if value is NOTHING:
+                break
+            values.append(value)
+            if len(values) > 1:
+                raise JsonError("Expecting at most one JSON value")
     if not values:
         raise JsonError("Expecting a JSON value")
-    if len(values) > 1:
-        raise JsonError("Expecting at most one JSON value")
     return values[0]
