@@ -9,6 +9,9 @@ engine.
     graph.py        all nodes: open, delete, replace, permissions, drain, reopen
     flatmap.py      a lazily filled cache of the fully resolved chain, which makes depth free
     hostfile.py     an open host file: inline I/O where it cannot block, threads where it can
+    fallocate.py    Linux calls on files that Python lacks; pagecache.py: is a file cached
+    imagelock.py    image locks between processes, QEMU's
+    status.py       block status: what a range reads as, and which layer says so
     transaction.py  prepare, then commit or abort, in order
 
 Nothing here knows a driver, a device, an export, QMP or the command line.

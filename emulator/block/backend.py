@@ -6,6 +6,8 @@ backend is held, counts what is in flight (drain waits for that count), and owns
 `try_write` serve what needs
 none of this.
 
+A request that passed the gate runs to its end, whatever happens to its caller: drivers are never cancelled.
+
 Quiesce: ``quiesce()`` closes the gate and the fast path at once; ``await idle()`` waits until nothing is in flight;
 ``unquiesce()`` opens it.
 Both are counted, so that nested drains work.
@@ -16,9 +18,9 @@ from __future__ import annotations
 import asyncio
 import errno
 import os
-from collections.abc import AsyncIterator, Callable
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
-from typing import TYPE_CHECKING
+from collections.abc import AsyncIterator, Callable, Coroutine
+from contextlib import asynccontextmanager
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from livedisk.emulator.block.flatmap import FlatMap
 from livedisk.emulator.block.node import Edge, Node
@@ -27,6 +29,9 @@ from livedisk.emulator.block.types import Preallocation, ZeroFlags
 
 if TYPE_CHECKING:
     from livedisk.emulator.block.graph import Graph
+
+R = TypeVar("R")
+_WRITE: Final = Perm.WRITE | Perm.WRITE_UNCHANGED
 
 
 class BlockBackend:
@@ -106,8 +111,8 @@ class BlockBackend:
         if self._quiesced == 0:
             self.refresh()
             if self._opened is not None:
-                self._opened.set_result(None)
-                self._opened = None
+                opened, self._opened = self._opened, None
+                opened.set_result(None)
 
     async def idle(self) -> None:
         """Wait until no request is in flight."""
@@ -116,24 +121,52 @@ class BlockBackend:
                 self._emptied = asyncio.get_running_loop().create_future()
             await asyncio.shield(self._emptied)
 
-    @asynccontextmanager
-    async def _request(self) -> AsyncIterator[Node]:
+    async def _enter(self) -> Node:
+        """Pass the gate and be counted; `_leave` afterwards, whatever happens."""
         while self._quiesced:
             if self._opened is None:
                 self._opened = asyncio.get_running_loop().create_future()
             await asyncio.shield(self._opened)
+        node = self.node
         self._in_flight += 1
-        try:
-            yield self.node
-        finally:
-            self._in_flight -= 1
-            if not self._in_flight and self._emptied is not None:
-                self._emptied.set_result(None)
-                self._emptied = None
+        return node
 
-    def request(self) -> AbstractAsyncContextManager[Node]:
-        """Pass the gate and count as in flight, for what has no method of its own here (block status)."""
-        return self._request()
+    def _leave(self) -> None:
+        self._in_flight -= 1
+        if not self._in_flight and self._emptied is not None:
+            self._emptied.set_result(None)
+            self._emptied = None
+
+    @asynccontextmanager
+    async def request(self) -> AsyncIterator[Node]:
+        """Pass the gate and count as in flight, for what only looks and has no method of its own here (block status)."""
+        node = await self._enter()
+        try:
+            yield node
+        finally:
+            self._leave()
+
+    async def _finish(self, work: Coroutine[Any, Any, R]) -> R:
+        """Run what was let in to its end and count it out.
+
+        A caller that is cancelled gets its CancelledError, but only then: a request that was cut off between two
+        metadata updates would leave the image half-changed, and a thread may still work on the caller's buffer.
+        """
+        try:
+            task = asyncio.get_running_loop().create_task(work)
+            try:
+                return await asyncio.shield(task)
+            except asyncio.CancelledError:
+                while not task.done():
+                    try:
+                        await asyncio.wait([task])
+                    except asyncio.CancelledError:
+                        continue  # asked again: the answer is the same
+                if not task.cancelled():
+                    task.exception()  # the caller is gone: nobody else will look at it
+                raise
+        finally:
+            self._leave()
 
     def _check(self, node: Node, offset: int, length: int, need: Perm) -> None:
         if offset < 0 or length < 0 or offset + length > node.size:
@@ -145,39 +178,56 @@ class BlockBackend:
         if need and not self.root.perm & need:
             raise PermissionError(errno.EPERM, f"{self.description} has no write permission on node '{node.name}'")
 
-    # -- requests; offsets and lengths are bytes
-    # --------------------------------------------------------------------------
+    # -- requests; offsets and lengths are bytes ---------------------------------------------------------------------
     async def read(self, offset: int, view: memoryview) -> None:
         """Fill ``view`` from ``offset``."""
-        async with self._request() as node:
-            self._check(node, offset, len(view), Perm.NONE)
-            await node.read(offset, view)
+        await self._finish(self._read(await self._enter(), offset, view))
+
+    async def _read(self, node: Node, offset: int, view: memoryview) -> None:
+        self._check(node, offset, len(view), Perm.NONE)
+        await node.read(offset, view)
 
     async def write(self, offset: int, data: memoryview, *, fua: bool = False) -> None:
         """Write ``data``; with ``fua`` it is on stable storage on return."""
-        async with self._request() as node:
-            self._check(node, offset, len(data), Perm.WRITE | Perm.WRITE_UNCHANGED)
-            await node.write(offset, data, fua=fua)
+        await self._finish(self._write(await self._enter(), offset, data, fua=fua))
+
+    async def _write(self, node: Node, offset: int, data: memoryview, *, fua: bool) -> None:
+        self._check(node, offset, len(data), _WRITE)
+        await node.write(offset, data, fua=fua)
 
     async def write_zeroes(
         self, offset: int, length: int, flags: ZeroFlags = ZeroFlags.NONE, *, fua: bool = False
     ) -> None:
         """Zero a range; see `Node.write_zeroes`."""
-        async with self._request() as node:
-            self._check(node, offset, length, Perm.WRITE | Perm.WRITE_UNCHANGED)
-            await node.write_zeroes(offset, length, flags, fua=fua)
+        await self._finish(self._write_zeroes(await self._enter(), offset, length, flags, fua=fua))
+
+    async def _write_zeroes(self, node: Node, offset: int, length: int, flags: ZeroFlags, *, fua: bool) -> None:
+        self._check(node, offset, length, _WRITE)
+        await node.write_zeroes(offset, length, flags, fua=fua)
 
     async def discard(self, offset: int, length: int, *, fua: bool = False) -> None:
         """Drop a range's storage."""
-        async with self._request() as node:
-            self._check(node, offset, length, Perm.WRITE | Perm.WRITE_UNCHANGED)
-            await node.discard(offset, length, fua=fua)
+        await self._finish(self._discard(await self._enter(), offset, length, fua=fua))
+
+    async def _discard(self, node: Node, offset: int, length: int, *, fua: bool) -> None:
+        self._check(node, offset, length, _WRITE)
+        await node.discard(offset, length, fua=fua)
+
+    async def prefetch(self, offset: int, length: int) -> None:
+        """Bring a range into the host's cache, as far as that is cheap to ask for."""
+        await self._finish(self._prefetch(await self._enter(), offset, length))
+
+    async def _prefetch(self, node: Node, offset: int, length: int) -> None:
+        self._check(node, offset, length, Perm.NONE)
+        await node.prefetch(offset, length)
 
     async def flush(self) -> None:
         """Put every acknowledged write on stable storage."""
-        async with self._request() as node:
-            if not node.read_only:
-                await node.flush()
+        await self._finish(self._flush(await self._enter()))
+
+    async def _flush(self, node: Node) -> None:
+        if not node.read_only:
+            await node.flush()
 
     async def truncate(self, size: int, *, exact: bool = True, prealloc: Preallocation = Preallocation.OFF) -> None:
         """Resize the node to ``size`` bytes. Raises EPERM without the RESIZE permission. The caller has drained."""

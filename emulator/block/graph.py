@@ -403,7 +403,8 @@ class Graph:
                 check_edges(node.parents, wanted)
                 self._check_access(node, wanted, closing)
                 for edge in node.children.values():
-                    wanted[edge] = node.driver.child_perms(edge, perm, shared)
+                    below, below_shared = node.driver.child_perms(edge, perm, shared)
+                    wanted[edge] = below, Perm.ALL if edge.node.force_share else below_shared
                 if (perm, shared) != (node.perm, node.shared):
                     changed.append((node, perm, shared))
             for node, perm, shared in changed:
@@ -421,10 +422,18 @@ class Graph:
 
     def _check_access(self, node: Node, wanted: dict[Edge, tuple[Perm, Perm]], closing: Collection[Node]) -> None:
         needs_write = any(wanted[edge][0] & (Perm.WRITE | Perm.WRITE_UNCHANGED) for edge in node.parents)
-        if needs_write and node.read_only and not node.auto_read_only:
+        if needs_write and node.read_only:
             if node in closing:
                 raise BlockError(f"Read-only block node '{node.name}' cannot support read-write users")
             raise BlockError("Block node is read-only")
+        needs = Perm.NONE
+        for edge in node.parents:
+            needs |= wanted[edge][0]
+        # The last block may reach past the end: writing it grows the file.
+        if needs & Perm.WRITE and not needs & Perm.RESIZE and node.size % node.driver.request_alignment:
+            raise BlockError(
+                "Cannot get 'write' permission without 'resize': Image size is not a multiple of request alignment"
+            )
 
     def _parents_first(self) -> Iterator[Node]:
         """Every node, each after all of its parents (the graph has no cycles)."""

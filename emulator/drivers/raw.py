@@ -74,6 +74,9 @@ class RawDriver(Driver):
     def map(self, offset: int, length: int) -> Segment:
         return Segment(Kind.DATA, length, self._edge, HostOffset(self._offset + offset), True)
 
+    def shows_through(self) -> bool:
+        return True
+
     # -- moving bytes ------------------------------------------------------------------------------------------------
     def _check_inside(self, offset: int, length: int) -> None:
         """A write past the end of a part would hit what is not ours."""
