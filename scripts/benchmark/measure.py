@@ -23,6 +23,10 @@ Tell = Callable[[str, float], None]
 """Takes what runs now and the share that is done."""
 
 
+class LoadFailed(Exception):
+    """fio failed. The text has what it printed."""
+
+
 @dataclass(frozen=True)
 class Plan:
     """``runs`` of ``seconds`` each for every server and workload, on disks of ``size`` bytes."""
@@ -119,7 +123,7 @@ class Result:
 
 
 def measure(servers: list[type[Server]], workloads: list[Workload], plan: Plan, images: Images, tell: Tell) -> Result:
-    """Run everything. Raises `benchmark.servers.ServerFailed` or `subprocess.CalledProcessError`."""
+    """Run everything. Raises `benchmark.servers.ServerFailed` or `LoadFailed`."""
     date = datetime.datetime.now(datetime.UTC).date().isoformat()
     result = Result(plan, workloads, [server.name for server in servers], machine(), date, qemu_aio())
     total = len(workloads) * plan.runs * len(servers) + plan.runs * len(servers)
@@ -190,7 +194,7 @@ def run_fio(uri: str, workload: Workload, plan: Plan) -> float:
             check=False,
         )
         if done.returncode:
-            raise RuntimeError(f"fio: {done.stdout}{done.stderr}")
+            raise LoadFailed(f"fio: {done.stdout}{done.stderr}")
         text = report.read_text()
     job = json.loads(text[text.index("{") :])["jobs"][0]
     side = job["write" if workload.writes else "read"]
