@@ -192,10 +192,17 @@ class BlockExports:
             raise ExportError(f"NBD server already has export named '{name}'")
         for bitmap in options.bitmaps:
             # Dirty bitmaps have their own place in this project's plan; no node has any yet.
-            raise BlockError(f"Bitmap '{bitmap.name if isinstance(bitmap, DirtyBitmapRef) else bitmap}' is not found")
+            raise self._no_bitmap(bitmap)
         served = self._served(target, name, description, options)
         server.add(served)
         self._records[options.id] = _Record(options.id, served)
+
+    def _no_bitmap(self, bitmap: str | DirtyBitmapRef) -> LiveDiskError:
+        if isinstance(bitmap, str):
+            return BlockError(f"Bitmap '{bitmap}' is not found")
+        if bitmap.node not in self._graph.nodes:
+            return NodeNotFound(f"Node '{bitmap.node}' not found")
+        return BlockError(f"Dirty bitmap '{bitmap.name}' not found")
 
     def _served(
         self, target: Node | VirtioBlk, name: str, description: str, options: NbdExportOptions

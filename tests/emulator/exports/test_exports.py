@@ -114,8 +114,8 @@ def test_a_read_only_export_refuses_writes(short_path: Path) -> None:
         await bench.disk()
         await bench.exports.add(export())
         assert await script(uri("disk"), "result = h.is_read_only()") is True
+        await bench.disk("ro", **{"read-only": True})
         with pytest.raises(LiveDiskError, match="Cannot export read-only node as writable"):
-            await bench.disk("ro", **{"read-only": True})
             await bench.exports.add(export("e2", "ro", writable=True))
         await bench.exports.add_legacy(NbdServerAdd(device="ro", writable=True))
         assert await script(uri("ro"), "result = h.is_read_only()") is True
