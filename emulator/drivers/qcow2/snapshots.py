@@ -188,8 +188,6 @@ async def _read_entry(reader: _Reader, index: int, *, repair: bool) -> tuple[Sna
         )
     extra = await reader.take(min(extra_size, MAX_SNAPSHOT_EXTRA))
     reader.at += extra_size - len(extra)
-    if cut:
-        reader._chunk = b""  # what was skipped may be far longer than a chunk
     ident = await reader.take(id_size)
     name = await reader.take(name_size)
     return Snapshot(l1_at, l1_size, ident, name, sec, nsec, clock, state, extra), cut
