@@ -187,17 +187,19 @@ class Allocator:
 
     async def packed(self, length: int) -> int:
         """Room for ``length`` bytes of a compressed cluster, next to the one before where that fits: its offset."""
-        if self._packed_to:
-            cluster = self._packed_to // self.cluster_size
-            count = await self.refcounts.get(cluster)
-            room = -self._packed_to % self.cluster_size
-            if self._packed_to and 0 < count < self.refcounts.fields.limit and room >= length:
-                block = await self.refcounts.block(cluster // self.refcounts.per_block)
-                assert block is not None
-                offset = self._packed_to
-                self.refcounts.set(block, cluster, count + 1)
-                self._packed_to = offset + length if room > length else 0
-                return offset
+        while self._packed_to:
+            offset = self._packed_to
+            cluster = offset // self.cluster_size
+            block = await self.refcounts.block(cluster // self.refcounts.per_block)
+            if self._packed_to != offset:
+                continue  # somebody else took the room
+            count = self.refcounts.counts(block, cluster, 1)[0] if block is not None else 0
+            room = -offset % self.cluster_size
+            if block is None or room < length or not 0 < count < self.refcounts.fields.limit:
+                break
+            self.refcounts.change(block, cluster, count + 1)
+            self._packed_to = offset + length if room > length else 0
+            return offset
         offset = await self.cluster()
         self._packed_to = offset + length if length < self.cluster_size else 0
         return offset
@@ -286,7 +288,7 @@ class Allocator:
         while first <= last:
             part = min(last + 1, (first // per_block + 1) * per_block) - first
             block = await self.refcounts.block(first // per_block)
-            counts = [] if block is None else [self.refcounts.fields.get(block.data, at % per_block) for at in range(first, first + part)]
+            counts = self.refcounts.counts(block, first, part) if block is not None else []
             if not counts or 0 in counts:
                 text = f"Refcount of cluster {first * self.cluster_size:#x} is 0, but the cluster was in use"
                 await self.storage.corrupt(Damage(text, fatal=False))
@@ -296,7 +298,7 @@ class Allocator:
                 block = await self.refcounts.block(first // per_block)
             assert block is not None
             for at, count in enumerate(counts, first):
-                self.refcounts.set(block, at, count - 1)
+                self.refcounts.change(block, at, count - 1)
                 if count == 1:
                     self._freed(at)
             first += part

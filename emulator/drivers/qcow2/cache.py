@@ -47,7 +47,7 @@ class Table(Generic[D]):
 
 def table_bytes(table: Table[D], low: int, high: int) -> bytes:
     """The bytes ``[low, high)`` of a table, as the disk has them (big endian)."""
-    data = table.data
+    data: array[int] | bytearray = table.data
     if isinstance(data, array):
         part = data[low // 8 : high // 8]
         if sys.byteorder == "little":

@@ -12,13 +12,12 @@ import errno
 import os
 import zlib
 from collections import OrderedDict
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
 from livedisk.emulator.block.hostfile import in_thread
 from livedisk.emulator.drivers.qcow2.header import Compression
 
-if TYPE_CHECKING:
-    from collections.abc import Buffer
+Buffer = bytes | bytearray | memoryview
 
 _WINDOW: Final = -12
 """Raw deflate, 4 KiB: what qcow2 prescribes."""

@@ -12,7 +12,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
-import logging
 import os
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
@@ -31,8 +30,6 @@ from livedisk.emulator.drivers.qcow2.image import Image
 from livedisk.emulator.drivers.qcow2.options import Qcow2Options
 from livedisk.emulator.drivers.qcow2.resize import resize
 from livedisk.emulator.errors import BlockError, ImageError
-
-log = logging.getLogger(__name__)
 
 
 class _Prepared(msgspec.Struct):
@@ -119,11 +116,7 @@ class Qcow2(Driver):
         self._clean_later(0)
         if self._inactive or self.node.read_only:
             return
-        try:
-            await self.image.finish()
-        except OSError as error:
-            log.error("node '%s': Failed to flush the image while closing it: %s", self.node.name, error)
-            raise
+        await self.image.finish()
 
     async def inactivate(self) -> None:
         """Put everything on the disk and forget it: another process may open the image now."""

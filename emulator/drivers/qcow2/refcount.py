@@ -16,10 +16,13 @@ from array import array
 
 from livedisk.emulator.drivers.qcow2.cache import Table, TableCache
 from livedisk.emulator.drivers.qcow2.fields import RefcountFields
-from livedisk.emulator.drivers.qcow2.geometry import MAX_REFCOUNT_TABLE_BYTES, REFCOUNT_TABLE_OFFSET_MASK, table_to_bytes
+from livedisk.emulator.drivers.qcow2.geometry import (
+    MAX_REFCOUNT_TABLE_BYTES,
+    REFCOUNT_TABLE_OFFSET_MASK,
+    table_to_bytes,
+)
 from livedisk.emulator.drivers.qcow2.overlap import Section
 from livedisk.emulator.drivers.qcow2.storage import Damage, Storage
-
 
 
 class Refcounts:
@@ -102,13 +105,18 @@ class Refcounts:
         block = await self.block(cluster // self.per_block)
         return self.fields.get(block.data, cluster % self.per_block) if block is not None else 0
 
+    def counts(self, block: Table[bytearray], cluster: int, count: int) -> list[int]:
+        """The refcounts of clusters that this block describes."""
+        first = cluster % self.per_block
+        return [self.fields.get(block.data, index) for index in range(first, first + count)]
+
     def fill(self, block: Table[bytearray], cluster: int, count: int, value: int) -> None:
         """Set the refcounts of clusters that this block describes."""
         index = cluster % self.per_block
         self.fields.fill(block.data, index, count, value)
         self.blocks.mark(block, *self.fields.dirty_bytes(index, count))
 
-    def set(self, block: Table[bytearray], cluster: int, value: int) -> None:
+    def change(self, block: Table[bytearray], cluster: int, value: int) -> None:
         """Set one cluster's refcount. Raises EINVAL where the entries are too narrow for it."""
         if not 0 <= value <= self.fields.limit:
             raise OSError(errno.EINVAL, f"{os.strerror(errno.EINVAL)}: refcount {value} of cluster {cluster:#x}")

@@ -56,8 +56,8 @@ _LINEAR: Final = (State.NORMAL, State.ZERO_ALLOC, State.UNALLOCATED_ALLOC)
 class Tables:
     """The active L1 table and its L2 tables.
 
-    ``l1``: the table; ``l1_offset``: where it stands; ``l1_dirty``: entries that the disk does not have yet, and what it has instead; ``extended``: L2
-    entries of two words; ``granule``: bytes that are mapped as one (cluster or subcluster).
+    ``l1``: the table; ``l1_offset``: where it stands; ``l1_dirty``: entries that the disk does not have yet, and what it has
+    instead; ``extended``: L2 entries of two words; ``granule``: bytes that are mapped as one (cluster or subcluster).
     """
 
     def __init__(self, storage: Storage, allocator: Allocator, geometry: Geometry, version: int, *, raw_data: bool) -> None:

@@ -16,6 +16,8 @@ clusters that nobody ever wrote to (`Allocator.fresh_from`). Source: QEMU ``bloc
 from __future__ import annotations
 
 import asyncio
+import errno
+import os
 from array import array
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Final, NamedTuple
@@ -210,6 +212,52 @@ class Writer:
 
     def _moves(self, entry: int) -> bool:
         return bool(entry & COMPRESSED) or (self.image.tables.has_host(entry) and entry < COPIED)
+
+    # -- compressed clusters -----------------------------------------------------------------------------------------------
+    async def write_compressed(self, offset: int, data: memoryview) -> None:
+        """Write whole clusters compressed; the image's last one may be short. A cluster that does not get smaller is written as
+        it is. Raises ENOTSUP with a data file, EINVAL for a part of a cluster."""
+        image, size = self.image, self.image.geometry.cluster_size
+        if image.storage.has_data_file:
+            raise OSError(errno.ENOTSUP, f"{os.strerror(errno.ENOTSUP)}: compressed clusters and a data file exclude each other")
+        end = offset + len(data)
+        if offset % size or (end % size and end != image.size):
+            raise OSError(errno.EINVAL, f"{os.strerror(errno.EINVAL)}: compressed writes take whole clusters of {size} bytes")
+        while len(data):
+            await self._write_one_compressed(offset, data[:size])
+            offset += size
+            data = data[size:]
+
+    async def _write_one_compressed(self, offset: int, data: memoryview) -> None:
+        image, size = self.image, self.image.geometry.cluster_size
+        packed = await image.decompressor.pack(data if len(data) == size else bytes(data).ljust(size, b"\0"))
+        if len(packed) >= size:
+            await self.write(offset, data)
+            return
+        await self.settled(offset, offset + size)
+        await image.before_allocation()
+        await image.tables.own(offset)
+        host = await image.allocator.packed(len(packed))
+        try:
+            entry = image.geometry.compressed_entry(host, len(packed))
+            await image.storage.check_overlap(host, len(packed))
+            await image.storage.file.write(host, memoryview(packed))
+            table, index = await image.tables.own(offset)
+        except OSError:
+            image.allocator.retire(host, len(packed))
+            raise
+        step = image.tables.words
+        old = table.data[index * step]
+        table.data[index * step] = entry
+        if step == 2:
+            table.data[index * step + 1] = 0
+        if old:
+            image.release(old)
+        image.decompressor.forget()
+        image.tables.mark(table, index, 1)
+        image.node.mapping_changed(offset, size)
+        if image.writeback.urgent:
+            await image.writeback.run()
 
     # -- filling ---------------------------------------------------------------------------------------------------------
     async def _fill(self, plan: _Plan, offset: int, data: memoryview) -> None:
