@@ -135,7 +135,19 @@ TABLE: tuple[Option, ...] = (
 )
 
 STORAGE_DAEMON = frozenset(
-    ("object", "blockdev", "nbd-server", "export", "chardev", "monitor", "pidfile", "daemonize", "trace", "help", "version")
+    (
+        "object",
+        "blockdev",
+        "nbd-server",
+        "export",
+        "chardev",
+        "monitor",
+        "pidfile",
+        "daemonize",
+        "trace",
+        "help",
+        "version",
+    )
 )
 """What qemu-storage-daemon takes. A command line of these alone is worked off in its own order, as that does."""
 

@@ -89,9 +89,7 @@ class Objects:
             raise ParameterError("Parameter 'id' expects an identifier", hint=IDENTIFIER_HINT)
         made = OBJECT_TYPES[options.qom_type][1](options)
         if options.id in self._objects:
-            raise LiveDiskError(
-                f"attempt to add duplicate property '{options.id}' to object (type 'container')"
-            )
+            raise LiveDiskError(f"attempt to add duplicate property '{options.id}' to object (type 'container')")
         self._objects[options.id] = made
 
     def delete(self, name: str) -> None:

@@ -127,9 +127,7 @@ async def query_block(ctx: Context) -> list[BlockInfo]:
     return [await device.block_info() for device in ctx.daemon.devices]
 
 
-async def node_info(
-    node: Node, *, deep: bool, writeback: bool = True, skip_implicit: bool = False
-) -> BlockDeviceInfo:
+async def node_info(node: Node, *, deep: bool, writeback: bool = True, skip_implicit: bool = False) -> BlockDeviceInfo:
     """What is known of a node.
 
     ``deep``: with the images below it; ``skip_implicit``: without jobs' hidden filters.

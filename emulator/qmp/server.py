@@ -57,7 +57,12 @@ async def open_chardev(options: Chardev, info: Info = lambda message: None) -> D
     """
     if isinstance(options, SocketChardev):
         device = SocketDevice(options)
-        await device.open(info)
+        try:
+            await device.open(info)
+        except BaseException:
+            # Also when a signal ends the wait for the first client: the path must not stay behind.
+            await device.close()
+            raise
         return device
     if isinstance(options, StdioChardev):
         # Imported here: only a terminal's user needs it.

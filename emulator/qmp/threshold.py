@@ -36,9 +36,7 @@ class _Watch:
         excess = offset + length - limit
         if limit and excess > 0:
             self._node.write_threshold = 0
-            self._emit(
-                BlockWriteThreshold(node_name=self._node.name, amount_exceeded=excess, write_threshold=limit)
-            )
+            self._emit(BlockWriteThreshold(node_name=self._node.name, amount_exceeded=excess, write_threshold=limit))
 
 
 def set_write_threshold(node: Node, limit: int, emit: Callable[[msgspec.Struct], None]) -> None:

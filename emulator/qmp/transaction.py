@@ -153,9 +153,7 @@ async def run_actions(ctx: Context, actions: list[TransactionAction], properties
     try:
         for one in actions:
             if properties.completion_mode is ActionCompletionMode.GROUPED and one.type not in _GROUPED:
-                raise BlockError(
-                    f"Action '{one.type}' does not support transaction property completion-mode = grouped"
-                )
+                raise BlockError(f"Action '{one.type}' does not support transaction property completion-mode = grouped")
             await ACTIONS[one.type][1](ctx, one.data, run)  # type: ignore[attr-defined]
     except BaseException:
         await run.undo()
