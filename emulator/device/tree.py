@@ -74,7 +74,7 @@ class DeviceTree:
         node = self._drive(options)
         check(options)
         if isinstance(options.iothread, str) and not self._known_iothread(options.iothread):
-            raise DeviceError(f"Device '{options.iothread}' not found")
+            raise DeviceNotFound(f"Device '{options.iothread}' not found")
         device = VirtioBlk(self._graph, self._run_state, self._emit, options, self._new_path(options))
         await device.realize(node)
         self._devices.append(device)

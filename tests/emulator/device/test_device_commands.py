@@ -1,0 +1,148 @@
+"""The same QMP scripts to qemu-system-x86_64 and to ours: device_add, run state, statistics."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kit import libnbd
+from kit.livedisk import executable
+from kit.peers import peer
+from kit.places import short_folder
+from kit.process import Process
+from kit.qmp import Qmp, QmpError
+
+NODES = (
+    *("-blockdev", "null-co,node-name=n,size=1048576"),
+    *("-blockdev", "null-co,node-name=m,size=1048576"),
+    *("-blockdev", "null-co,node-name=ro,size=1048576,read-only=on"),
+    *("-device", "virtio-blk,drive=n,id=virtio0,serial=abc"),
+)
+
+
+class Machine(Process):
+    """QEMU, or ours in its place, with a QMP socket; the guest does not run."""
+
+    def __init__(self, folder: Path, command: list[str], *options: str) -> None:
+        self.qmp_socket = folder / "qmp"
+        qmp = ["-qmp", f"unix:{self.qmp_socket},server=on,wait=off"]
+        machine = ["-machine", "pc", "-nodefaults", "-display", "none"]
+        super().__init__([*command, *machine, *qmp, *options], log=folder / "log")
+        try:
+            self.wait_for_socket(self.qmp_socket)
+        except BaseException:
+            self.kill()
+            raise
+
+
+def qemu() -> list[str]:
+    return [peer("qemu-system-x86_64"), "-accel", "tcg"]
+
+
+def ours() -> list[str]:
+    return [executable(), "daemon"]
+
+
+def device_add(**arguments: Any) -> tuple[str, dict[str, Any]]:
+    return "device_add", {"driver": "virtio-blk-pci", **arguments}
+
+
+STEPS: list[tuple[str, dict[str, Any]]] = [
+    ("query-status", {}),
+    device_add(drive="m", id="d2", foo=1),
+    device_add(drive="m", id="d2", logical_block_size=513),
+    device_add(drive="m", id="d2", logical_block_size="4k"),
+    device_add(drive="m", id="d2", logical_block_size=4096, physical_block_size=512),
+    device_add(drive="m", id="d2", **{"num-queues": 0}),
+    device_add(drive="m", id="d2", **{"num-queues": -3}),
+    device_add(drive="m", id="d2", **{"queue-size": 3}),
+    device_add(drive="m", id="d2", werror="foo"),
+    device_add(drive="m", id="d2", **{"write-cache": True}),
+    device_add(drive="m", id="d2", **{"share-rw": "foo"}),
+    device_add(drive="nope", id="d2"),
+    device_add(id="d2"),
+    device_add(drive="n", id="d2"),
+    device_add(drive="m", id="virtio0"),
+    device_add(drive="m", id="d2", min_io_size=1000),
+    device_add(drive="m", id="d2", **{"max-discard-sectors": 0}),
+    device_add(drive="m", id="d2", iothread="nope"),
+    ("device_add", {"driver": "nope", "drive": "m"}),
+    ("device_add", {"drive": "m"}),
+    device_add(drive="m", id="d2", rerror="enospc", serial="x"),
+    device_add(drive="ro"),
+    ("query-block", {}),
+    ("device_del", {"id": "nope"}),
+    ("blockdev-del", {"node-name": "m"}),
+    ("stop", {}),
+    ("query-status", {}),
+    ("cont", {}),
+    ("query-status", {}),
+    ("stop", {}),
+    ("stop", {}),
+    ("query-status", {}),
+    ("query-blockstats", {}),
+    ("query-blockstats", {"query-nodes": True}),
+]
+
+
+def play(command: list[str]) -> list[Any]:
+    seen: list[Any] = []
+    with short_folder() as folder, Machine(folder, command, "-S", *NODES) as machine, Qmp(machine.qmp_socket) as qmp:
+        for name, arguments in STEPS:
+            try:
+                seen.append((name, arguments, qmp.call(name, arguments)))
+            except QmpError as error:
+                seen.append((name, arguments, error.kind, error.desc))
+            seen.extend((event["event"], event.get("data")) for event in qmp.events)
+            qmp.events.clear()
+    return seen
+
+
+def comparable(value: Any) -> Any:
+    """Without the sums, which differ because a machine's firmware reads the disk."""
+    if isinstance(value, dict):
+        return {
+            key: 0 if key.startswith(("rd_", "wr_")) else comparable(inner)
+            for key, inner in value.items()
+            if key != "idle_time_ns"
+        }
+    return [comparable(inner) for inner in value] if isinstance(value, list | tuple) else value
+
+
+def test_devices_and_run_state_answer_as_qemu_answers() -> None:
+    theirs, mine = play(qemu()), play(ours())
+    for one, other in zip(theirs, mine, strict=True):
+        assert comparable(other) == comparable(one)
+
+
+@pytest.mark.parametrize("options", [(), ("-S",)])
+def test_the_documented_command_line_serves_its_device(short_path: Path, options: tuple[str, ...]) -> None:
+    image = short_path / "a.raw"
+    image.write_bytes(bytes(1 << 20))
+    line = (
+        *("-blockdev", f"node-name=node-A,driver=raw,file.driver=file,file.node-name=file,file.filename={image}"),
+        *("-device", "virtio-blk,drive=node-A,id=virtio0"),
+    )
+    with Machine(short_path, ours(), *line, *options) as machine, Qmp(machine.qmp_socket) as qmp:
+        socket = short_path / "nbd"
+        qmp.call("nbd-server-start", {"addr": {"type": "unix", "data": {"path": str(socket)}}})
+        qmp.execute("nbd-server-add", device="virtio0", writable=True)
+        if options:
+            qmp.execute("cont")
+        libnbd.script(f"nbd+unix:///virtio0?socket={socket}", 'h.pwrite(b"guest" * 1024, 0); h.flush()')
+        (stats,) = qmp.execute("query-blockstats")
+        assert stats["stats"]["wr_bytes"] == 5120
+        assert stats["stats"]["flush_operations"] == 1
+        assert stats["stats"]["wr_highest_offset"] == 5120
+        assert stats["parent"]["node-name"] == "file"
+        qmp.execute("device_del", id="virtio0")
+        assert [event["event"] for event in qmp.events if event["event"] != "RESUME"] == [
+            "BLOCK_EXPORT_DELETED",
+            "DEVICE_DELETED",
+            "DEVICE_DELETED",
+        ]
+        assert qmp.execute("query-block") == []
+        qmp.execute("blockdev-del", node_name="node-A")
+    assert image.read_bytes()[:5120] == b"guest" * 1024
