@@ -42,10 +42,12 @@ from .transmission import BadFrame, Framing, Refusal, Replies, Request, judge, s
 
 log = logging.getLogger(__name__)
 
-_BATCH: Final = 256 << 10
-"""Bytes of replies after which they are sent, so that the client works on them while the next are made."""
+_BATCH: Final = 64 << 10
+"""Bytes read or written after which the replies are sent, so that the client works on them while the next are made."""
 _SMALL: Final = 4096 + 64
 """Bytes of an incomplete request that are put aside by copying."""
+_LARGE: Final = 64 << 10
+"""Bytes from which on an incomplete request is completed before more is received."""
 _PIECES: Final = 64
 """Buffers given to one sendmsg."""
 _NOTHING: Final = memoryview(b"")
@@ -128,6 +130,7 @@ class Connection:
         self._own: memoryview | None = None  # the receive buffer, while it holds self._at:self._end
         self._at = 0
         self._end = 0
+        self._need = 0  # bytes from self._at that the incomplete request there has, when it is large
         self._rest = b""
         self._incoming: _Incoming | None = None
         self._queue: deque[_Piece] = deque()
@@ -241,18 +244,20 @@ class Connection:
     # Receiving.
 
     def _receive(self) -> bool:
-        own, at = self._own, 0
-        if own is not None:
-            view, end = own, self._end - self._at
-            if self._at:
-                view[:end] = view[self._at : self._end]
-                self._at, self._end = 0, end
-        else:
-            view, end = self._shared.received, len(self._rest)
+        own, need = self._own, self._need
+        if own is None:
+            view, at, end = self._shared.received, 0, len(self._rest)
             if end:
                 view[:end] = self._rest
+        else:
+            view, at, end = own, self._at, self._end
+            if at + need > BUFFER_SIZE or BUFFER_SIZE - end < _LARGE:
+                view[: end - at] = view[at:end]
+                self._at, self._end = at, end = 0, end - at
+        # No more than a large request lacks: the next one then starts at the front of a buffer that is in the cache.
+        room = view[end : at + need] if need else view[end:] if end else view
         try:
-            count = self._recv_into(view[end:] if end else view)
+            count = self._recv_into(room)
         except (BlockingIOError, InterruptedError):
             return False
         except OSError as error:
@@ -262,8 +267,12 @@ class Connection:
         if count == 0:
             self.leave()
             return True
+        end += count
+        if end - at < need and own is not None:
+            self._end = end
+            return True
         self._rest = b""
-        self._serve(view, at, end + count)
+        self._serve(view, at, end)
         return True
 
     def _serve_kept(self) -> None:
@@ -280,6 +289,7 @@ class Connection:
         """Serve what can be served of ``view[at:end]``, send the replies, keep the rest."""
         shared = self._shared
         size = self.session.export.size
+        self._need = 0
         filled = 0
         while at < end and not (self._blocked or self._saturated or self._leaving or self._is_paused()):
             if not shared.stopping:
@@ -305,16 +315,19 @@ class Connection:
 
     def _keep(self, view: memoryview, at: int, end: int) -> None:
         """Remember the unserved ``view[at:end]`` in the cheapest way."""
-        own = self._own
+        own, shared = self._own, self._shared
         if end - at <= _SMALL:
-            self._rest = bytes(view[at:end])
+            if at < end:
+                self._rest = bytes(view[at:end])
             if own is not None:
+                # Prefer the buffer that was used last.
                 self._own = None
-                self._shared.pool.give(own)
+                shared.pool.give(shared.received)
+                shared.received = own
             return
         if own is None:
             self._own = view
-            self._shared.received = self._shared.pool.take()
+            shared.received = shared.pool.take()
         self._at, self._end = at, end
 
     # Starting slow requests.
@@ -336,8 +349,10 @@ class Connection:
             return end
         stop = body + request.payload
         if stop > end:
-            if stop - at > BUFFER_SIZE and self._begin_large(request, view[body:end]):
-                return end
+            if stop - at > BUFFER_SIZE:
+                return end if self._begin_large(request, view[body:end]) else at
+            if stop - at > _LARGE:
+                self._need = stop - at
             return at
         refusal = self._judge(request, view[body:stop])
         if refusal is not None:

@@ -53,8 +53,9 @@ def fast_loop(session: Session) -> Loop:
     """The loop for one connection.
 
     It takes requests from ``received[at:end]``, puts replies into ``replies`` from ``filled`` on, and starts no further
-    request once a reply would pass ``limit``; ``size`` is the export's size now. All are bytes. The first reply in the buffer
-    may pass ``limit`` up to the end of ``replies``; one that cannot fit there at all is SLOW. An `OSError` of ``try_read`` or
+    request once its reply would pass ``limit``, against which written bytes count too; ``size`` is the export's size now. All
+    are bytes. The first reply in the buffer may pass ``limit`` up to the end of ``replies``; one that cannot fit there at all is
+    SLOW. An `OSError` of ``try_read`` or
     ``try_write`` makes the request SLOW too: it fails there again, with a proper reply.
     """
     export, mode = session.export, session.mode
@@ -111,7 +112,7 @@ def fast_loop(session: Session) -> Loop:
                     filled = stop
                 elif outcome == HOLE:
                     if structured or extended:
-                        if filled + hole_size > limit:
+                        if filled + hole_size > limit and filled:
                             return at, filled, FULL
                         if structured:
                             pack_hole(replies, filled, hole_head, cookie, 12, offset, length)
@@ -129,7 +130,7 @@ def fast_loop(session: Session) -> Loop:
                 stop = body + length
                 if stop > end:
                     return at, filled, MORE
-                if filled + done_size > limit:
+                if filled + done_size > limit and filled:
                     return at, filled, FULL
                 if (
                     offset + length > size
@@ -148,6 +149,7 @@ def fast_loop(session: Session) -> Loop:
                 else:
                     pack_simple(replies, filled, simple_head, cookie)
                 filled += done_size
+                limit -= length  # so that replies to writes, which are tiny, do not wait for all of them
                 at = stop
             else:
                 return at, filled, SLOW
