@@ -37,9 +37,9 @@ _WRITE: Final = Perm.WRITE | Perm.WRITE_UNCHANGED
 class BlockBackend:
     """One user of the graph. Attach it with ``graph.attach_root``.
 
-    ``description``: as QEMU's messages name it ("block device 'x'", "an unnamed block device"). ``on_resize``,
-    ``on_root_changed``: called after the node's
-    size, or the node itself, changed.
+    ``description``: as QEMU's messages name it ("block device 'x'", "an unnamed block device"). ``known_size``: the
+    node's size (bytes) when it was last looked at. ``on_resize``, ``on_root_changed``: called after the node's size, or
+    the node itself, changed.
     """
 
     def __init__(self, graph: Graph, name: str = "", description: str = "") -> None:
@@ -52,6 +52,7 @@ class BlockBackend:
         self.fast = FlatMap(self)
         self.try_read = self.fast.try_read
         self.try_write = self.fast.try_write
+        self.known_size = 0
         self._quiesced = 0
         self._in_flight = 0
         self._opened: asyncio.Future[None] | None = None
@@ -87,6 +88,7 @@ class BlockBackend:
     def refresh(self) -> None:
         """The graph below changed: forget the flat map and re-decide whether the fast path is open."""
         self.fast.reset()
+        self.known_size = self.size
         self.fast.enabled = not self._quiesced and self.root is not None
 
     # -- the gate --------------------------------------------------------------------------------------------------

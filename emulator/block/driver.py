@@ -143,6 +143,10 @@ class Driver(ABC):
     async def prefetch(self, offset: int, length: int) -> None:
         """Bring a COMPRESSED or OPAQUE range into a cache (NBD_CMD_CACHE), where there is one. Default: nothing is."""
 
+    def highest_written(self) -> int:
+        """Largest byte offset, exclusive, that the fast path wrote to below this driver, past the node."""
+        return 0
+
     # -- permissions -----------------------------------------------------------------------------------------------
     def child_perms(self, edge: Edge, perm: Perm, shared: Perm) -> tuple[Perm, Perm]:
         """What this node needs from and shares on a child, given what its parents need (``perm``) and share."""

@@ -53,6 +53,9 @@ _SLOW: Final = 2
 _CODE: Final = 511
 _OFFSET: Final = ~511
 
+_UNKNOWN: Final = array("Q", bytes(8 * REGION))
+"""A region of which nothing is known."""
+
 _preadv = os.preadv
 _pwrite = os.pwrite
 
@@ -72,6 +75,7 @@ class FlatMap:
         self._regions: dict[int, array[int]] = {}
         self._index: dict[HostFile, int] = {}
         self._fds: list[int] = [-1, -1]  # indices 0 and 1 would collide with the codes below 4
+        self._files: list[HostFile | None] = [None, None]
         self._read_flags: list[int] = [0, 0]
         self._shift = 16
         self._size = 0
@@ -95,16 +99,17 @@ class FlatMap:
         if self._straight is not None:
             self.reset()
             return
-        first, last = offset >> self._shift, (min(offset + length, self._size) - 1) >> self._shift
-        regions = self._regions
-        if last - first >= REGION * 4:
-            for key in [key for key in regions if first >> REGION_BITS <= key <= last >> REGION_BITS]:
-                del regions[key]
+        first, end = offset >> self._shift, (min(offset + length, self._size) - 1 >> self._shift) + 1
+        if first >= end:
             return
-        for granule in range(first, last + 1):
-            region = regions.get(granule >> REGION_BITS)
-            if region is not None:
-                region[granule & (REGION - 1)] = 0
+        regions = self._regions
+        low, high = first >> REGION_BITS, end - 1 >> REGION_BITS
+        for key in range(low, high + 1) if high - low < len(regions) else [*regions]:
+            region = regions.get(key)
+            if region is not None and low <= key <= high:
+                start = max(first - (key << REGION_BITS), 0)
+                stop = min(end - (key << REGION_BITS), REGION)
+                region[start:stop] = _UNKNOWN[: stop - start]
 
     # -- filling ---------------------------------------------------------------------------------------------------
     def _prepare(self) -> bool:
@@ -134,7 +139,8 @@ class FlatMap:
         """Follow the chain: ``(file, host offset, length, in place)``, with file None and host offset 1 for zeroes, 2
         for slow.
 
-        None where metadata is not in memory.
+        None where that cannot be kept: metadata is not in memory; or the bytes are past the end of the file below, which
+        can grow without a word.
         """
         node = self._root
         assert node is not None
@@ -144,7 +150,7 @@ class FlatMap:
                 in_place = False
             length = min(length, node.size - offset)
             if length <= 0:
-                return None, _SLOW, 0, False
+                return None
             try:
                 segment = node.driver.map(offset, length)
             except NotMapped:
@@ -182,7 +188,7 @@ class FlatMap:
         whole = start + length >= self._size
         count = -(-length >> shift) if whole else length >> shift
         if count == 0:
-            entry, count = self._slow_or_mixed(start, min(1 << shift, self._size - start)), 1
+            entry, count = self._mixed(start, min(1 << shift, self._size - start)), 1
         elif file is None:
             entry = host
         else:
@@ -190,12 +196,14 @@ class FlatMap:
         self._store(granule, entry, count, 1 << shift if entry & _CODE > _SLOW else 0)
         return entry
 
-    def _slow_or_mixed(self, start: int, length: int) -> int:
-        """The entry of a granule that several segments make up: zero if all are, else slow."""
+    def _mixed(self, start: int, length: int) -> int:
+        """The entry of a granule that several segments make up: zero if all are, else slow; 0 if one cannot be kept."""
         position = 0
         while position < length:
             found = self._resolve(start + position, length - position)
-            if found is None or found[0] is not None or found[1] != _ZERO or not found[2]:
+            if found is None:
+                return 0
+            if found[0] is not None or found[1] != _ZERO:
                 return _SLOW
             position += found[2]
         return _ZERO
@@ -210,6 +218,7 @@ class FlatMap:
                 return _SLOW
             self._index[file] = index
             self._fds.append(file.fd)
+            self._files.append(file)
             self._read_flags.append(file.inline_flags)
         return host | 2 * index | (in_place and file.inline_writes)
 
@@ -220,7 +229,7 @@ class FlatMap:
         if region is None:
             if len(regions) >= MAX_REGIONS:
                 del regions[next(iter(regions))]
-            region = regions[key] = array("Q", bytes(8 * REGION))
+            region = regions[key] = _UNKNOWN[:]
         first = granule & (REGION - 1)
         for index in range(count):
             region[first + index] = entry + index * step
@@ -233,7 +242,7 @@ class FlatMap:
         if self._straight is not None:
             try:
                 done = _preadv(self._straight_fd, (view,), offset + self._straight_base, self._straight_flags)
-            except BlockingIOError:
+            except OSError:  # EAGAIN: cold, an ordinary answer. Anything else happens again on the slow path.
                 return MISS
             return DATA if done == length else MISS
         if not self.enabled:
@@ -304,22 +313,19 @@ class FlatMap:
             try:
                 if _preadv(self._fds[index], (part,), host, self._read_flags[index]) != length:
                     return MISS
-            except BlockingIOError:
+            except OSError:  # EAGAIN: cold, an ordinary answer. Anything else happens again on the slow path.
                 return MISS
         return DATA
 
     def try_write(self, offset: int, view: memoryview) -> int:
-        """Write ``view`` in place without blocking: DATA, or MISS (write again slowly). Raises OSError as pwrite
-        does."""
+        """Write ``view`` in place without blocking: DATA; or MISS: nothing, or only a part, is written: write again
+        slowly, also where the host refused (it says so again there)."""
         length = len(view)
-        if self._straight is not None:
+        file = self._straight
+        if file is not None:
             if not self._straight_writable:
                 return MISS
-            if _pwrite(self._straight_fd, view, offset + self._straight_base) != length:
-                return MISS
-            end = offset + self._straight_base + length
-            if end > self._straight.highest:
-                self._straight.highest = end
+            host = offset + self._straight_base
         else:
             if not self.enabled:
                 return MISS
@@ -334,11 +340,18 @@ class FlatMap:
                 entry = self._fill(granule)
             if not entry & 1 or entry & _CODE < 4:
                 return MISS
-            if _pwrite(self._fds[(entry & _CODE) >> 1], view, (entry & _OFFSET) + inside) != length:
+            file = self._files[(entry & _CODE) >> 1]
+            host = (entry & _OFFSET) + inside
+        try:
+            if _pwrite(file.fd, view, host) != length:  # type: ignore[union-attr]  # codes from 4 on have a file
                 return MISS
+        except OSError:
+            return MISS
+        if host + length > file.highest:  # type: ignore[union-attr]
+            file.highest = host + length  # type: ignore[union-attr]
         root = self._root
-        if offset + length > root.wr_highest:  # type: ignore[union-attr]  # a prepared map has a root
-            root.wr_highest = offset + length  # type: ignore[union-attr]
+        if offset + length > root.own_highest:  # type: ignore[union-attr]  # a prepared map has a root
+            root.own_highest = offset + length  # type: ignore[union-attr]
         for tracker in self._trackers:
             tracker.mark(offset, length)
         return DATA
@@ -353,8 +366,14 @@ class FlatMap:
             return MISS
         position = 0
         for code, host, length in runs:
-            if _pwrite(self._fds[code >> 1], view[position : position + length], host) != length:
+            file = self._files[code >> 1]
+            assert file is not None
+            try:
+                if _pwrite(file.fd, view[position : position + length], host) != length:
+                    return MISS
+            except OSError:
                 return MISS
+            file.highest = max(file.highest, host + length)
             position += length
         assert self._root is not None
         self._root.written(offset, len(view))

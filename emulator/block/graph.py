@@ -106,6 +106,7 @@ class Graph:
         except BaseException:
             await self._abandon(node)
             raise
+        node.opened_backing = node.driver.backing_filename()
         self.changed()
         return node
 
@@ -120,7 +121,9 @@ class Graph:
     async def open_child(self, node: Node, ref: Any, name: str, role: Role) -> Edge:
         """Attach the child that ``ref`` gives: an existing node's name, or options of a node to open under ``node``."""
         if isinstance(ref, str):
-            child = self.find(ref)
+            if ref not in self.nodes:
+                raise NodeNotFound(f"Cannot find device='{ref}' nor node-name='{ref}'")
+            child = self.nodes[ref]
         elif isinstance(ref, BlockdevOptions):
             child = await self.open(ref, parent=node, role=role)
         else:
@@ -358,10 +361,10 @@ class Graph:
             watcher()
 
     def resized(self, node: Node) -> None:
-        """A node has a new size: tell the backends right above it (through filters)."""
-        for backend in self.backends:
-            backend.refresh()
-            if backend.root is not None and (backend.root.node is node or node in self.below(backend.root.node)):
+        """A node has a new size: tell the backends above it whose own size that changes."""
+        for backend in self.backends_above([node]):
+            if backend.size != backend.known_size:
+                backend.refresh()
                 for callback in list(backend.on_resize):
                     callback()
 

@@ -125,9 +125,10 @@ class Node:
     ``discard``; ``detect_zeroes``; ``cache_direct``, ``cache_no_flush``; ``force_share``; ``implicit`` (made by a job,
     hidden from users); ``monitor_owned`` (blockdev-add made it, so blockdev-del ends it); ``opened_by`` and
     ``opened_role``: the node inside whose options this one was described, whose settings it inherits where its own
-    options are silent; ``reopening``: the settings that a reopen under way is about to give the node; ``trackers``;
-    ``wr_highest`` (largest byte offset written to, exclusive); ``write_threshold`` (bytes; a write beyond it is
-    reported once, 0: none is asked for).
+    options are silent; ``opened_backing``: the backing file name that the image's header had when it was opened;
+    ``reopening``: the settings that a reopen under way is about to give the node; ``trackers``; ``own_highest``
+    (largest byte offset, exclusive, that a request on this node wrote to); ``write_threshold`` (bytes; a write beyond
+    it is reported once, 0: none is asked for).
     """
 
     def __init__(self, graph: Graph, name: str, options: BlockdevOptions) -> None:
@@ -148,8 +149,9 @@ class Node:
         self.monitor_owned = False
         self.opened_by: Node | None = None
         self.opened_role = Role.NONE
+        self.opened_backing: str | None = None
         self.trackers: list[DirtyTracker] = []
-        self.wr_highest = 0
+        self.own_highest = 0
         self.write_threshold = 0
         self.perm = Perm.NONE
         self.shared = Perm.ALL
@@ -165,6 +167,11 @@ class Node:
     def size(self) -> int:
         """Bytes."""
         return self.driver.size
+
+    @property
+    def wr_highest(self) -> int:
+        """Largest byte offset written to, exclusive, whichever way the write took."""
+        return max(self.own_highest, self.driver.highest_written())
 
     @property
     def file(self) -> Edge:
@@ -400,13 +407,22 @@ class Node:
             self._end(request)
         if self.size > old:
             self.written(old, self.size - old)
-        self.mapping_changed()
+            self._grown(old, self.size - old)
+        else:
+            self.mapping_changed()
         self.graph.resized(self)
+
+    def _grown(self, old: int, more: int) -> None:
+        """What lies past the old end shows differently where this node shows through. A format that stores in this node
+        keeps its mapping."""
+        for edge in self.parents:
+            if edge.role & (Role.COW | Role.FILTERED):
+                edge.parent.child_mapping_changed(edge, old, more)
 
     def written(self, offset: int, length: int) -> None:
         """Account a finished change of the range: dirty trackers, the highest offset written."""
-        if offset + length > self.wr_highest:
-            self.wr_highest = offset + length
+        if offset + length > self.own_highest:
+            self.own_highest = offset + length
         for tracker in self.trackers:
             tracker.mark(offset, length)
 

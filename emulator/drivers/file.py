@@ -246,6 +246,9 @@ class FileDriver(Driver):
     async def discard(self, offset: int, length: int) -> None:
         await in_thread(self._try_punch, offset, length)
 
+    def highest_written(self) -> int:
+        return self.host.highest
+
     # -- flush -------------------------------------------------------------------------------------------------------
     async def flush(self) -> None:
         if self._sync_queued is None:

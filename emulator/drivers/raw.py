@@ -95,6 +95,9 @@ class RawDriver(Driver):
         self._check_inside(offset, length)
         await self._edge.node.discard(self._offset + offset, length)
 
+    def highest_written(self) -> int:
+        return max(self._edge.node.wr_highest - self._offset, 0)
+
     async def truncate(self, size: int, *, exact: bool, prealloc: Preallocation) -> None:
         if self._fixed is not None:
             raise BlockError("Cannot resize fixed-size raw disks")
