@@ -77,12 +77,12 @@ async def block_resize(ctx: Context, args: BlockResize) -> None:
     if args.size < 0:
         raise BlockError("Parameter 'size' expects a >0 size")
     check_not_busy(node)
-    if node.read_only:
-        raise BlockError("Image is read-only")
     graph = ctx.daemon.graph
     backend = BlockBackend(graph)
     graph.attach_root(backend, node, Perm.RESIZE, Perm.ALL)
     try:
+        if node.read_only:
+            raise BlockError("Image is read-only")
         async with graph.drained(node):
             await backend.truncate(args.size, exact=False)
     finally:

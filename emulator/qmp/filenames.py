@@ -65,8 +65,10 @@ def backing_overridden(node: Node) -> bool:
     if node.backing is None:
         return bool(recorded)
     child = node.backing.node
-    found_by_header = child.opened_by is node and getattr(node.options, "backing", msgspec.UNSET) is msgspec.UNSET
-    return not found_by_header and recorded != filename(child)
+    silent = getattr(node.options, "backing", msgspec.UNSET) is msgspec.UNSET
+    if silent and child.opened_by is node and recorded == node.opened_backing:
+        return False  # it is what the header led to
+    return recorded != filename(child)
 
 
 def full_backing_filename(node: Node) -> str | None:

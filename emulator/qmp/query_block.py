@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from livedisk.emulator.block.node import Node
-from livedisk.emulator.block.permissions import Role
 from livedisk.emulator.block.types import DetectZeroes
 from livedisk.emulator.qmp.context import Context
 from livedisk.emulator.qmp.filenames import filename, full_backing_filename
@@ -214,7 +213,7 @@ def creation_order(graph: Graph) -> list[Node]:
     def visit(node: Node) -> Iterator[Node]:
         for edge in node.children.values():
             child = edge.node
-            if not edge.role & Role.COW and child not in done and position[child] > position[node]:
+            if edge.name == "file" and child not in done and position[child] > position[node]:
                 yield from visit(child)
         if node not in done:
             done[node] = None
