@@ -186,11 +186,11 @@ def _allowed(rule: _Rule, session: Session, command: int) -> int:
     """A command's flags, less those that this session did not negotiate."""
     allowed = rule.flags
     if session.mode < ReplyMode.STRUCTURED:
-        allowed &= ~CommandFlag.DF
+        allowed &= ~int(CommandFlag.DF)
     if session.mode < ReplyMode.EXTENDED:
-        allowed &= ~CommandFlag.PAYLOAD_LEN
+        allowed &= ~int(CommandFlag.PAYLOAD_LEN)
     if command == Command.WRITE_ZEROES and not session.export.can_fast_zero:
-        allowed &= ~CommandFlag.FAST_ZERO
+        allowed &= ~int(CommandFlag.FAST_ZERO)
     return allowed
 
 
