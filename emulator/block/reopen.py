@@ -14,7 +14,8 @@ children. A child that is described inside its parent (not a reference by name) 
 that names another node replaces the child.
 
 Source: QEMU ``block.c`` (bdrv_reopen_queue_child, bdrv_reopen_prepare, bdrv_reopen_parse_file_or_backing). Where we
-differ: an empty list of nodes is nothing to do, QEMU 10 aborts.
+differ: an empty list of nodes is nothing to do, QEMU 10 aborts; a node that is made writable takes the children that it
+describes along, even where its options now name them, as it does when it is made read-only (QEMU then refuses).
 """
 
 from __future__ import annotations
@@ -102,6 +103,8 @@ class _Plan:
 
     def change(self, node: Node, options: BlockdevOptions, inherited: Settings | None) -> _Change:
         """Note new options for the node, and what follows for the children that inherit from it."""
+        if options.force_share not in (UNSET, node.force_share):
+            raise BlockError("Cannot change the option 'force-share'")
         settings = settle(options, inherited, node.opened_role if inherited else Role.NONE)
         if settings.force_share != node.force_share:
             raise BlockError("Cannot change the option 'force-share'")

@@ -204,8 +204,7 @@ def _below_implicit(node: Node) -> Node:
 
 
 def creation_order(graph: Graph) -> list[Node]:
-    """All nodes in the order in which QEMU would have made them: a file before its format, a backing file after
-    it."""
+    """All nodes in the order in which QEMU would have made them: a file before its format, other children after."""
     order = list(graph.nodes.values())
     position = {node: place for place, node in enumerate(order)}
     done: dict[Node, None] = {}
