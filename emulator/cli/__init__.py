@@ -51,4 +51,9 @@ COMMANDS
 {rows}
 
     'livedisk COMMAND --help' tells more.
+
+EXIT STATUS
+    0  done
+    1  failed; the reason is on standard error
+    2  the command line is wrong
 """
