@@ -461,17 +461,20 @@ class Check:
                     walk, f"ERROR refcount block {index} is not cluster aligned; refcount table entry corrupted"
                 )
             elif offset >> bits >= counts.length:
-                self._damaged_block(walk, f"ERROR refcount block {index} is outside image")
+                # Without repairing errors the other blocks are as good as they were.
+                self._damaged_block(walk, f"ERROR refcount block {index} is outside image", rebuild=self.fixing)
             else:
                 self.count(counts, offset, size)
                 walk.refcount_structures.append(offset >> bits)
-                if counts.get(offset >> bits) != 1:
-                    self._damaged_block(walk, f"ERROR refcount block {index} refcount={counts.get(offset >> bits)}")
+                uses = counts.get(offset >> bits)
+                if min(uses, counts.limit) != 1:
+                    self._damaged_block(walk, f"ERROR refcount block {index} refcount={uses}")
+                walk.rebuild = walk.rebuild or uses > 1
 
-    def _damaged_block(self, walk: Walk, text: str) -> None:
+    def _damaged_block(self, walk: Walk, text: str, *, rebuild: bool = True) -> None:
         self.report(text)
         self.result.corruptions += 1
-        walk.rebuild = True
+        walk.rebuild = walk.rebuild or rebuild
 
     # -- comparing ---------------------------------------------------------------------------------------------------
     def block_indices(self, walk: Walk) -> list[int]:

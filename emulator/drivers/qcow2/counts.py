@@ -21,16 +21,16 @@ Values: TypeAlias = "bytes | bytearray | array[int]"
 
 
 class ClusterCounts:
-    """References by cluster index. ``limit``: the largest refcount that the image can say; counting stops there.
+    """References by cluster index. ``limit``: the largest refcount that the image can say.
 
-    ``length``: clusters known to the check, which is the file's length in clusters or a little more. ``overflows``: how often a
-    count would have gone past the limit.
+    ``length``: clusters known to the check, which is the file's length in clusters or a little more. `get` gives the true count;
+    `values`, which is what refcount blocks are compared with and written from, stops at the limit.
     """
 
     def __init__(self, length: int, limit: int) -> None:
         self.length = length
-        self.limit = min(limit, 0xFFFF_FFFF)
-        self.overflows = 0
+        self.limit = limit
+        self._over_limit = False
         self._stretches: dict[int, bytearray | array[int]] = {}
 
     def get(self, cluster: int) -> int:
@@ -45,14 +45,11 @@ class ClusterCounts:
             stretch = self._stretches[index] = bytearray(_STRETCH)
         at = cluster & (_STRETCH - 1)
         value = stretch[at] + times
-        over = 0
-        if value > self.limit:
-            over = value - self.limit
-            self.overflows += over
-            value = self.limit
+        over = min(max(value - self.limit, 0), max(times, 0))
+        self._over_limit = self._over_limit or over > 0
         if value > 254 and isinstance(stretch, bytearray):
             stretch = self._stretches[index] = array("I", list(stretch))
-        stretch[at] = value
+        stretch[at] = min(value, 0xFFFF_FFFF)
         if cluster >= self.length:
             self.length = cluster + 1
         return over
@@ -67,6 +64,8 @@ class ClusterCounts:
             step = min(_STRETCH - at, end - start)
             stretch = self._stretches.get(start >> _STRETCH_BITS)
             part = bytearray(step) if stretch is None else stretch[at : at + step]
+            if self._over_limit:
+                part = self._clamped(part)
             wide = wide or not isinstance(part, bytearray)
             parts.append(part)
             start += step
@@ -76,6 +75,12 @@ class ClusterCounts:
         for part in parts:
             joined.extend(part)
         return joined
+
+    def _clamped(self, part: bytearray | array[int]) -> bytearray | array[int]:
+        if isinstance(part, bytearray):
+            return bytearray(min(value, self.limit) for value in part)
+        limited = [min(value, self.limit) for value in part]
+        return bytearray(limited) if self.limit < 256 else array("I", limited)
 
     def used_stretches(self) -> Iterator[tuple[int, int]]:
         """Ranges ``[start, end)`` of cluster indices outside of which nothing is counted, in order."""

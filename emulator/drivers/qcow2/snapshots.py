@@ -130,7 +130,7 @@ class _Reader:
         self._chunk = b""
 
     async def take(self, length: int) -> bytes:
-        """The next bytes. Raises ImageError where the file has ended."""
+        """The next bytes."""
         low = self.at - self._start
         if low + length > len(self._chunk):
             await self._fill(max(length, _CHUNK))
@@ -141,8 +141,9 @@ class _Reader:
     async def _fill(self, length: int) -> None:
         start = self.offset + self.at
         raw = bytearray(min(length, max(self.file.size - start, 0)))
-        await self.file.read(start, memoryview(raw))
-        # What lies beyond the end reads as zeroes, as it does for QEMU within the last sector.
+        if raw:
+            await self.file.read(start, memoryview(raw))
+        # What lies beyond the end reads as zeroes, as it does for QEMU.
         self._start, self._chunk = self.at, bytes(raw).ljust(length, b"\0")
 
 
@@ -157,8 +158,6 @@ async def read_snapshots(file: Readable, header: Header, *, repair: bool = False
     length = kept = trimmed = 0
     for index in range(header.nb_snapshots):
         reader.at = (reader.at + 7) & ~7
-        if header.snapshots_offset + reader.at >= file.size:
-            raise ImageError("Failed to read snapshot table: it ends beyond the end of the file")
         snapshot, cut = await _read_entry(reader, index, repair=repair)
         trimmed += cut
         kept = ((kept + 7) & ~7) + len(snapshot.to_bytes())
