@@ -15,6 +15,8 @@ from array import array
 from collections import OrderedDict
 from typing import Final, Generic, TypeVar
 
+from livedisk.emulator.drivers.qcow2.geometry import table_to_bytes
+
 PAGE: Final = 4096
 """Bytes: dirty ranges are written in whole pages, so that O_DIRECT files need no read-modify-write."""
 
@@ -31,7 +33,7 @@ class Table(Generic[D]):
 
     def __init__(self, offset: int, data: D) -> None:
         self.offset = offset
-        self.data = data
+        self.data: D = data
         self.low = sys.maxsize
         self.high = 0
         self.used = True
@@ -47,13 +49,9 @@ class Table(Generic[D]):
 
 def table_bytes(table: Table[D], low: int, high: int) -> bytes:
     """The bytes ``[low, high)`` of a table, as the disk has them (big endian)."""
-    data: array[int] | bytearray = table.data
-    if isinstance(data, array):
-        part = data[low // 8 : high // 8]
-        if sys.byteorder == "little":
-            part.byteswap()
-        return part.tobytes()
-    return bytes(data[low:high])
+    if isinstance(table.data, bytearray):
+        return bytes(table.data[low:high])
+    return table_to_bytes(table.data[low // 8 : high // 8])
 
 
 class TableCache(Generic[D]):

@@ -149,22 +149,26 @@ class Qcow2(Driver):
         await self.image.read_guest(offset, view)
 
     async def write(self, offset: int, data: memoryview) -> None:
-        self._check_writable()
+        await self._before_change()
         await self.image.writer.write(offset, data)
 
     async def write_zeroes(self, offset: int, length: int, flags: ZeroFlags) -> None:
-        self._check_writable()
+        await self._before_change()
         await self.image.zeroer.write_zeroes(offset, length, flags)
 
     async def discard(self, offset: int, length: int) -> None:
-        self._check_writable()
+        await self._before_change()
         await self.image.zeroer.discard(offset, length)
 
     async def write_compressed(self, offset: int, data: memoryview) -> None:
-        self._check_writable()
+        await self._before_change()
         await self.image.writer.write_compressed(offset, data)
 
-    def _check_writable(self) -> None:
+    async def _before_change(self) -> None:
+        self._check_usable()
+        await self.image.before_change()
+
+    def _check_usable(self) -> None:
         self.image.storage.check_alive()
         if self._inactive:
             raise PermissionError(errno.EPERM, f"node '{self.node.name}' is inactive")
@@ -174,7 +178,7 @@ class Qcow2(Driver):
             await self.image.writeback.run()
 
     async def truncate(self, size: int, *, exact: bool, prealloc: Preallocation) -> None:
-        self._check_writable()
+        self._check_usable()
         await resize(self.image, size, exact=exact, prealloc=prealloc)
 
     # -- reopen --------------------------------------------------------------------------------------------------------------
@@ -267,7 +271,7 @@ class Qcow2(Driver):
         return {"type": "qcow2", "data": data}
 
     def snapshots(self) -> Sequence[Mapping[str, Any]]:
-        return ()
+        return [snapshot.info() for snapshot in self.image.snapshots]
 
     async def allocated_size(self) -> int | None:
         """Of the file, and of the data file."""

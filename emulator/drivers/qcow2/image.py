@@ -20,12 +20,15 @@ from typing import Final
 from livedisk.emulator.block.node import Node, fill_zeroes
 from livedisk.emulator.block.types import HostOffset, Kind, NotMapped, Segment
 from livedisk.emulator.drivers.qcow2.alloc import Allocator
+from livedisk.emulator.drivers.qcow2.bitmap_directory import IN_USE
 from livedisk.emulator.drivers.qcow2.compress import Decompressor
-from livedisk.emulator.drivers.qcow2.geometry import COMPRESSED, OFFSET_MASK, table_from_bytes
-from livedisk.emulator.drivers.qcow2.header import Header, Incompatible
+from livedisk.emulator.drivers.qcow2.geometry import COMPRESSED, MAX_L1_BYTES, OFFSET_MASK, table_from_bytes
+from livedisk.emulator.drivers.qcow2.header import INCOMPATIBLE_AT, Header, Incompatible
+from livedisk.emulator.drivers.qcow2.header_write import write_header
 from livedisk.emulator.drivers.qcow2.overlap import OverlapGuard, Section
 from livedisk.emulator.drivers.qcow2.points import Point
 from livedisk.emulator.drivers.qcow2.refcount import Refcounts
+from livedisk.emulator.drivers.qcow2.snapshots import Snapshot, read_snapshots, table_to_bytes
 from livedisk.emulator.drivers.qcow2.storage import Storage
 from livedisk.emulator.drivers.qcow2.tables import Run, State, Tables
 from livedisk.emulator.drivers.qcow2.write import Writer
@@ -33,6 +36,7 @@ from livedisk.emulator.drivers.qcow2.writeback import Writeback
 from livedisk.emulator.drivers.qcow2.zero import Zeroer
 
 SECTOR: Final = 512
+_BITMAP_ENTRY: Final = struct.Struct(">QIIBBHI")
 _KINDS: Final = {
     State.UNALLOCATED: Kind.UNALLOCATED,
     State.UNALLOCATED_ALLOC: Kind.UNALLOCATED,
@@ -90,6 +94,8 @@ class Image:
         self.allocator.table_moved = self._refcount_table_moved
         self.writer = Writer(self)
         self.zeroer = Zeroer(self)
+        self.snapshots: tuple[Snapshot, ...] = ()
+        self._bitmaps_trusted = header.bitmaps is not None
         self.decompressor = Decompressor(header.compression_type, self.geometry.cluster_size)
 
     async def load(self) -> None:
@@ -104,6 +110,24 @@ class Image:
             self.storage.guard.set_ranges(
                 Section.BITMAP_DIRECTORY, [(directory.directory_offset, self.geometry.round_up(directory.directory_size))]
             )
+        self.snapshots = (await read_snapshots(self.storage.file.node, header)).snapshots
+        await self._guard_snapshots()
+
+    async def _guard_snapshots(self) -> None:
+        """Tell the guard what belongs to internal snapshots."""
+        guard, size = self.storage.guard, self.geometry.cluster_size
+        table = table_to_bytes(self.snapshots)
+        guard.set_ranges(Section.SNAPSHOT_TABLE, [(self.header.snapshots_offset, len(table))])
+        guard.set_ranges(Section.INACTIVE_L1, [(known.l1_table_offset, known.l1_size * 8) for known in self.snapshots])
+        if not guard.checked & Section.INACTIVE_L2:
+            return
+        inactive: set[int] = set()
+        for known in self.snapshots:
+            if known.l1_table_offset % size or known.l1_size * 8 > MAX_L1_BYTES:
+                continue  # nothing that a reader of this snapshot would accept
+            for entry in table_from_bytes(await self.storage.read(known.l1_table_offset, known.l1_size * 8)):
+                inactive.add(entry & OFFSET_MASK)
+        guard.set_clusters(Section.INACTIVE_L2, inactive)
 
     # -- where ---------------------------------------------------------------------------------------------------------
     def map(self, offset: int, length: int) -> Segment:
@@ -116,7 +140,7 @@ class Image:
         if state is State.NORMAL:
             if self.tables.raw_data and self.tables.misplaced(run, offset) is not None:
                 return Segment(Kind.OPAQUE, run.length)
-            in_place = run.copied and self._may_write_in_place(run)
+            in_place = run.copied and not self._bitmaps_trusted and self._may_write_in_place(run)
             return Segment(Kind.DATA, run.length, storage.data, HostOffset(run.host), in_place)
         if state is State.ZERO:
             return Segment(Kind.ZERO, run.length)
@@ -201,6 +225,29 @@ class Image:
                 entry & OFFSET_MASK, self.geometry.cluster_size, punch=punch or self.discards.other
             )
 
+    # -- bitmaps ---------------------------------------------------------------------------------------------------------
+    async def before_change(self) -> None:
+        """Before the first change of guest data: persistent bitmaps that do not record it must not be believed afterwards.
+
+        They are marked as in use, as QEMU marks those that it has not written back: whoever opens the image next knows that
+        they are not to be relied on. Raises OSError.
+        """
+        directory = self.header.bitmaps
+        if not self._bitmaps_trusted or directory is None:
+            return
+        raw = await self.storage.read(directory.directory_offset, directory.directory_size)
+        at = 0
+        while at + _BITMAP_ENTRY.size <= len(raw):
+            table, entries, flags, kind, bits, name_size, extra = _BITMAP_ENTRY.unpack_from(raw, at)
+            _BITMAP_ENTRY.pack_into(raw, at, table, entries, flags | IN_USE, kind, bits, name_size, extra)
+            at += -(-(_BITMAP_ENTRY.size + extra + name_size) // 8) * 8
+        await self.storage.put(
+            Point.BITMAP_DIRECTORY, Section.BITMAP_DIRECTORY, directory.directory_offset, bytes(raw)
+        )
+        await self.storage.barrier()
+        self._bitmaps_trusted = False
+        self.node.mapping_changed()
+
     # -- the header ------------------------------------------------------------------------------------------------------
     async def before_allocation(self) -> None:
         """With lazy refcounts: set the dirty bit, durably, before refcounts fall behind."""
@@ -225,22 +272,19 @@ class Image:
             raw = struct.pack(">Q", self.header.incompatible)
             if self.storage.observer is not None:
                 self.storage.observer(Point.CORRUPT_BIT)
-            await self.storage.file.write(72, memoryview(raw))
+            await self.storage.file.write(INCOMPATIBLE_AT, memoryview(raw))
             await self.storage.barrier()
         except OSError:
             pass  # the request fails with EIO in any case, and the image stays unusable in this process
 
     async def _put_incompatible(self, point: Point, bits: int) -> None:
         """Write the incompatible feature bits alone (one sector, so old or new) and make them durable."""
-        await self.storage.put(point, Section.MAIN_HEADER, 72, struct.pack(">Q", bits))
+        await self.storage.put(point, Section.MAIN_HEADER, INCOMPATIBLE_AT, struct.pack(">Q", bits))
         await self.storage.barrier()
 
     async def write_header(self) -> None:
         """Write the whole first cluster, after everything it refers to, and make it durable. Raises OSError."""
-        raw = self.header.cluster()
-        await self.storage.barrier()
-        await self.storage.put(Point.HEADER, Section.MAIN_HEADER, 0, raw)
-        await self.storage.barrier()
+        await write_header(self.storage, self.header)
 
     def _refcount_table_moved(self, offset: int, clusters: int) -> None:
         self.header.refcount_table_offset = offset

@@ -41,3 +41,5 @@ class Point(StrEnum):
     """The header's reference to the L1 table, and with it the virtual size."""
     SIZE = "size"
     """The header's virtual size."""
+    BITMAP_DIRECTORY = "bitmap-directory"
+    """The directory of persistent bitmaps, all marked as in use."""
