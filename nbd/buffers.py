@@ -11,6 +11,7 @@ for its socket.
 
 from __future__ import annotations
 
+import mmap
 from dataclasses import dataclass
 from typing import Final
 
@@ -18,6 +19,7 @@ BUFFER_SIZE: Final = (2 << 20) + 4096
 """Bytes of a pooled buffer: a request or reply of 2 MiB with its header."""
 
 _SPARE: Final = 8
+_MAPPED: Final = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +31,12 @@ class Limits:
     bytes_in_total: int = 256 << 20
 
 
+def fresh(size: int) -> memoryview:
+    """``size`` bytes of memory. A large piece costs nothing until it is touched, which is why it is not a bytearray:
+    that is filled with zeroes at once, and a client could make us do it by merely announcing a payload."""
+    return memoryview(mmap.mmap(-1, size) if size >= _MAPPED else bytearray(size))
+
+
 class BufferPool:
     """Hands out `BUFFER_SIZE` byte buffers as memoryviews, and keeps a few of those given back."""
 
@@ -37,7 +45,7 @@ class BufferPool:
 
     def take(self) -> memoryview:
         """A buffer with any content."""
-        return self._spare.pop() if self._spare else memoryview(bytearray(BUFFER_SIZE))
+        return self._spare.pop() if self._spare else fresh(BUFFER_SIZE)
 
     def give(self, buffer: memoryview) -> None:
         """Take back a whole buffer that nobody uses any more."""

@@ -31,7 +31,7 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Final
 
-from .buffers import BUFFER_SIZE, Account, Budget, BufferPool
+from .buffers import BUFFER_SIZE, Account, Budget, BufferPool, fresh
 from .constants import Command, CommandFlag, ErrorCode
 from .export import Export
 from .fastpath import FULL, fast_loop
@@ -390,7 +390,7 @@ class Connection:
             return True
         if not self._admit(request):
             return False
-        target = memoryview(bytearray(request.payload))
+        target = fresh(request.payload)
         target[: len(begun)] = begun
         self._incoming = _Incoming(request, None, target, request.payload - len(begun))
         return True

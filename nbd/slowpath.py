@@ -13,6 +13,7 @@ import logging
 from collections.abc import Awaitable, Callable
 from typing import Final
 
+from .buffers import fresh
 from .constants import (
     BASE_ALLOCATION,
     REPLY_DONE,
@@ -53,8 +54,8 @@ async def _read(session: Session, replies: Replies, request: Request, _payload: 
     whole = replies.mode == ReplyMode.SIMPLE or request.flags & CommandFlag.DF
     if not whole and BASE_ALLOCATION in session.export.contexts:
         return await _read_sparse(session, replies, request)
-    data = bytearray(request.length)
-    await session.export.read(request.offset, memoryview(data))
+    data = fresh(request.length)
+    await session.export.read(request.offset, data)
     return [replies.data_header(request, request.offset, request.length, REPLY_DONE), data]
 
 
@@ -72,8 +73,8 @@ async def _read_sparse(session: Session, replies: Replies, request: Request) -> 
         if extent.flags & STATE_ZERO:
             parts.append(replies.hole(request, at, length, done))
         else:
-            data = bytearray(length)
-            await export.read(at, memoryview(data))
+            data = fresh(length)
+            await export.read(at, data)
             parts += (replies.data_header(request, at, length, done), data)
         at += length
     return parts

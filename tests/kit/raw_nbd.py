@@ -83,6 +83,9 @@ class RawClient:
     def __exit__(self, *_: object) -> None:
         self.sock.close()
 
+    def __del__(self) -> None:
+        self.sock.close()  # tests that only ask `with ...:` for what follows the connection need no names
+
     def send(self, *data: bytes) -> None:
         try:
             self.sock.sendall(b"".join(data))

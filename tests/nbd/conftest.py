@@ -10,8 +10,8 @@ from typing import Any, TypeVar
 
 import pytest
 import uvloop
-from kit.memory_export import MemoryExport
 
+from kit.memory_export import MemoryExport
 from livedisk.nbd.server import NbdServer
 
 T = TypeVar("T")

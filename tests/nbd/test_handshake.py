@@ -9,10 +9,10 @@ from collections.abc import Iterable
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from kit import raw_nbd as raw
 from kit.memory_export import MemoryExport
 from kit.raw_nbd import go, meta, opt
-
 from livedisk.nbd.constants import OptionReply, ReplyMode
 from livedisk.nbd.export import Export
 from livedisk.nbd.handshake import (

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from kit import raw_nbd as raw
 from kit.memory_export import MemoryExport
-
 from livedisk.nbd.buffers import BUFFER_SIZE
 from livedisk.nbd.constants import CommandFlag, ErrorCode, ReplyMode
 from livedisk.nbd.export import Extent
@@ -160,7 +160,9 @@ def test_status_filter_takes_negotiated_ids_once() -> None:
         assert status_filter(over, bad) is None
 
 
-def respond(over: Session, command: int, offset: int = 0, length: int = 512, flags: int = 0, data: bytes = b"") -> bytes:
+def respond(
+    over: Session, command: int, offset: int = 0, length: int = 512, flags: int = 0, data: bytes = b""
+) -> bytes:
     request = Request(flags, command, 7, offset, length)
     reply = asyncio.run(answer(over, Replies(over.mode), request, memoryview(data)))
     return b"".join(reply)
@@ -275,9 +277,7 @@ operation = st.tuples(
 )
 
 
-@given(
-    st.sampled_from(MODES), st.lists(operation, max_size=12), st.lists(st.integers(0, 60000), max_size=5), st.data()
-)
+@given(st.sampled_from(MODES), st.lists(operation, max_size=12), st.lists(st.integers(0, 60000), max_size=5), st.data())
 def test_fast_loop_against_a_bytearray(
     mode: ReplyMode, operations: list[tuple[bool, int, int, int, int]], cuts: list[int], data: st.DataObject
 ) -> None:
@@ -287,9 +287,7 @@ def test_fast_loop_against_a_bytearray(
         length = min(wanted, SIZE - offset)
         flags = raw.PAYLOAD if write and extended else 0
         content = bytes([byte]) * length if write else b""
-        stream += raw.request(
-            int(write), offset, length, flags, cookie=cookie, payload=content, extended=extended
-        )
+        stream += raw.request(int(write), offset, length, flags, cookie=cookie, payload=content, extended=extended)
         if write:
             model[offset : offset + length] = content
         expected.append((write, offset, length, cookie, bytes(model[offset : offset + length])))
