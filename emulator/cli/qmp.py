@@ -21,8 +21,8 @@ from livedisk.emulator.qmp.shell_syntax import (
 
 HELP = """Talk to the QMP monitor at SOCKET: run one COMMAND and print its reply, or open a shell.
 
-SOCKET is the path of a Unix socket, or HOST:PORT, or either as QEMU writes it (unix:PATH, tcp:HOST:PORT). It may belong
-to livedisk, to QEMU or to qemu-storage-daemon.
+SOCKET is the path of a Unix socket, or HOST:PORT, or either as QEMU writes it (unix:PATH, tcp:HOST:PORT). It may
+belong to livedisk, to QEMU or to qemu-storage-daemon.
 
 \b
 Arguments are written as in QEMU's qmp-shell:
@@ -34,9 +34,9 @@ Arguments are written as in QEMU's qmp-shell:
 Numbers become strings where the command's schema takes only strings.
 
 Without COMMAND a shell opens: TAB completes commands, arguments and values, the arrow keys recall earlier lines (kept
-in $XDG_STATE_HOME/livedisk/qmp_history), events are shown as they come. A line that opens with "transaction(" collects
-commands until ")" and runs them as one. "{...}" sends a request as it stands. If standard input is not a terminal, its
-lines are run one after the other, and the first that fails ends the run.
+in $XDG_STATE_HOME/livedisk/qmp_history), events are shown as they come. A line that opens with "transaction("
+collects commands until ")" and runs them as one. "{...}" sends a request as it stands. If standard input is not a
+terminal, its lines are run one after the other, and the first that fails ends the run.
 
 \b
 Examples:

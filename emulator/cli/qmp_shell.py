@@ -53,7 +53,8 @@ async def _run_terminal(session: Session, address: str) -> int:
     version = session.client.greeting["version"]["qemu"]
     package = session.client.greeting["version"].get("package", "")
     click.echo(
-        f"Connected to {package or 'QEMU'}, QMP {version['major']}.{version['minor']}.{version['micro']}, at {address}"
+        f"Connected to {package or 'QEMU'}, QMP {version['major']}.{version['minor']}.{version['micro']}, at
+        {address}"
     )
     click.echo("TAB completes, Ctrl-D ends.")
     prompt: PromptSession[str] = PromptSession(

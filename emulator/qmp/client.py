@@ -69,6 +69,8 @@ class QmpClient:
                     await client.close()
                     raise
                 return client
+        except JsonError as error:
+            raise ConnectionLost(f"{address}: not a QMP monitor: {error}") from None
         except TimeoutError:
             raise ConnectionLost(
                 f"{address}: no QMP greeting within {timeout:g} s (is another client connected?)"
@@ -140,7 +142,7 @@ class QmpClient:
     async def _negotiate(self, oob: bool) -> None:
         first = await self._next()
         if not isinstance(first, dict) or "QMP" not in first:
-            raise ConnectionLost("the server does not greet as a QMP monitor does")
+            raise ConnectionLost("not a QMP monitor: it does not greet as one")
         self.greeting = first["QMP"]
         self._task = asyncio.get_running_loop().create_task(self._read(), name="qmp-client")
         await self.call("qmp_capabilities", {"enable": ["oob"]} if oob else None)

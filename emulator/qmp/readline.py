@@ -4,8 +4,9 @@ QEMU redraws the whole line at each change, also when nobody sees it (a pipe); s
 exactly those sequences, so they are kept: back to the start of what was drawn (``ESC [ D`` each), the line, erase the
 rest (``ESC [ K``).
 
-Keys: printable; left, right, home, end, Ctrl-A/E; backspace, delete, Ctrl-D, Ctrl-K, Ctrl-U, Ctrl-W; up and down,
-Ctrl-P/N through the history; tab completes. Source: QEMU ``util/readline.c``.
+Keys: printable; left, right, home, end, Ctrl-A/E; backspace, delete, Ctrl-D, Ctrl-U, Ctrl-W; up and down through the
+history; tab completes. Beyond QEMU's: Ctrl-B/F/K/N/P, and Home and End as xterm sends them.
+Source: QEMU ``util/readline.c``.
 """
 
 from __future__ import annotations
@@ -159,20 +160,18 @@ class LineEditor:
         self._set(line, len(line))
 
     def _expand(self) -> None:
-        """Complete the word before the cursor as far as all candidates agree; show them if that adds nothing."""
+        """Complete the word before the cursor as far as all candidates agree; if there are several, show them."""
         before, after = self._line[: self._cursor], self._line[self._cursor :]
-        candidates = list(self._complete(before))
+        candidates = sorted(self._complete(before))
         if not candidates:
             return
         stem = before[before.rfind(" ") + 1 :]
         agreed = _common(candidates) + (" " if len(candidates) == 1 else "")
-        if len(agreed) > len(stem):
-            self._set(before[: len(before) - len(stem)] + agreed + after, self._cursor - len(stem) + len(agreed))
-        elif len(candidates) > 1:
-            line, cursor = self._line, self._cursor
-            self._echo("\n" + " ".join(sorted(candidates)) + "\n")
+        line, cursor = before[: len(before) - len(stem)] + agreed + after, len(before) - len(stem) + len(agreed)
+        if len(candidates) > 1:
+            self._echo("\n" + _columns(candidates))
             self.show_prompt()
-            self._set(line, cursor)
+        self._set(line, cursor)
 
     # -- drawing
     # ------------------------------------------------------------------------------------------------------
@@ -196,3 +195,12 @@ def _common(words: Sequence[str]) -> str:
         (index for index, pair in enumerate(zip(first, last, strict=False)) if pair[0] != pair[1]), len(first)
     )
     return first[:length]
+
+
+def _columns(words: Sequence[str]) -> str:
+    """Words in columns, 80 characters wide."""
+    width = min(max(len(word) for word in words) + 2, 80)
+    width = max(width, 10)
+    count = 80 // width
+    rows = [words[start : start + count] for start in range(0, len(words), count)]
+    return "".join("".join(word.ljust(width) for word in row) + "\n" for row in rows)

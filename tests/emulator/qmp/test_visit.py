@@ -231,9 +231,9 @@ def test_json_messages(value: Any, message: str) -> None:
         ({"driver": "stack", "file": "x", "backing": 3}, "Invalid parameter type for 'backing', expected: ShapeRefOrNull"),
         ({"driver": "stack", "file": {"driver": "foo"}}, "Parameter 'driver' does not accept value 'foo'"),
         ({"driver": "stack", "file": {"driver": "circle", "q": 1}}, "Parameter 'file.q' is unexpected"),
-        ({"driver": "stack", "file": {"driver": "circle", "size": "a"}}, "Invalid parameter type for 'file.size', expected: integer"),
+        ({"driver": "stack", "file": {"driver": "round", "size": ""}}, "Invalid parameter type for 'file.size', expected: integer"),
         # The base's members are looked at before the variant's, and leftovers last.
-        ({"driver": "circle", "zork": 1, "size": "a", "node-name": 1}, "Invalid parameter type for 'node-name', expected: string"),
+        ({"driver": "circle", "z": 1, "size": "", "node-name": 1}, "Invalid parameter type for 'node-name', expected: string"),
         ({"driver": "circle", "zork": 1, "size": "a"}, "Invalid parameter type for 'size', expected: integer"),
         ([], "Invalid parameter type for '<anonymous>', expected: object"),
     ],
@@ -384,7 +384,7 @@ ANYTHING = st.recursive(
     lambda inner: (
         st.lists(inner, max_size=3)
         | st.dictionaries(
-            st.sampled_from(Everything.__struct_encode_fields__ + ("type", "driver", "file")), inner, max_size=5
+            st.sampled_from((*Everything.__struct_encode_fields__, "type", "driver", "file")), inner, max_size=5
         )
     ),
     max_leaves=15,
@@ -396,15 +396,16 @@ def test_anything_is_taken_or_refused_by_name(value: Any, kind: Any, syntax: Syn
     try:
         result = visit(kind, value, syntax)
     except ParameterError as error:
-        assert "'" in str(error)
+        text = str(error)
     else:
+        text = "''"
         assert isinstance(result, kind)
+    assert text.count("'") >= 2
 
 
 @pytest.mark.parametrize(
-    "annotation", [complex, str | int, list[bytes], Annotated[Any, Meta(extra={"qapi": "Nowhere"})]]
+    "annotation", [complex, str | int, bytes, Annotated[Any, Meta(extra={"qapi": "Nowhere"})], Inner | Snapshot]
 )
 def test_types_that_qapi_has_no_word_for_are_refused(annotation: Any) -> None:
     with pytest.raises(TypeError):
         describe(annotation)
-        describe(annotation).element  # type: ignore[union-attr]
