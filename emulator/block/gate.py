@@ -120,11 +120,12 @@ async def open_backing(node: Node, ref: Any, filename: str | None, fmt: str | No
     role = Role.COW
     if ref is None:
         return None
-    if ref is not UNSET:
-        return await node.graph.open_child(node, ref, "backing", role)
-    if not filename:
+    if ref is UNSET and not filename:
         return None
     try:
+        if ref is not UNSET:
+            return await node.graph.open_child(node, ref, "backing", role)
+        assert filename
         resolved = resolve(node, filename)
         _refuse_loop(node, resolved)
         return await _open_named(node, resolved, fmt)
@@ -144,13 +145,18 @@ async def _open_named(node: Node, filename: str, fmt: str | None) -> Edge:
         await _check_raw(node, options, filename)
     cls = driver_class(fmt or "raw")
     return await node.graph.open_child(
-        node, cls.Options(driver=cls.name, file=options), "backing", Role.COW  # type: ignore[call-arg]
+        node,
+        cls.Options(driver=cls.name, file=options),
+        "backing",
+        Role.COW,  # type: ignore[call-arg]
     )
 
 
 async def _check_raw(node: Node, options: BlockdevOptions, filename: str) -> None:
     """Raise BlockError if a file without a recorded format looks like anything but raw data."""
-    look = await node.graph.open(msgspec.structs.replace(options, read_only=True, node_name=UNSET), parent=node, role=Role.COW)
+    look = await node.graph.open(
+        msgspec.structs.replace(options, read_only=True, node_name=UNSET), parent=node, role=Role.COW
+    )
     try:
         start = bytearray(min(512, look.size))
         await look.read(0, memoryview(start))

@@ -98,6 +98,7 @@ class FileDriver(Driver):
         self._sync_queued: asyncio.Task[None] | None = None
         self._lacks_zero_range = False
         self._lacks_punch_hole = False
+        self._discards = {"discard-nb-ok": 0, "discard-nb-failed": 0, "discard-bytes-ok": 0}
         self._lacks_fallocate = False
 
     # -- life --------------------------------------------------------------------------------------------------------
@@ -148,10 +149,16 @@ class FileDriver(Driver):
         os.close(self.host.fd)
 
     async def inactivate(self) -> None:
+        """Let another process have the file: everything is on it, and it is not locked."""
         await self.flush()
+        if self._lock is not None:
+            self._lock.commit(self.host.fd, Perm.NONE, Perm.ALL)
 
     async def activate(self) -> None:
-        """Another process wrote the file: forget what this host cached of it, and its size."""
+        """Another process wrote the file: lock it again, forget what this host cached of it, and its size."""
+        if self._lock is not None:
+            self._lock.prepare(self.host.fd, self.node.perm, self.node.shared)
+            self._lock.commit(self.host.fd, self.node.perm, self.node.shared)
         if self.options.drop_cache and not self._flags & os.O_DIRECT:
             fd = self.host.fd
             if self._flags & os.O_RDWR:
@@ -244,7 +251,19 @@ class FileDriver(Driver):
         return True
 
     async def discard(self, offset: int, length: int) -> None:
-        await in_thread(self._try_punch, offset, length)
+        done = False
+        try:
+            done = await in_thread(self._try_punch, offset, length)
+        finally:
+            self._count_discard(length, done=done)
+
+    def _count_discard(self, length: int, *, done: bool) -> None:
+        counts = self._discards
+        counts["discard-nb-ok" if done else "discard-nb-failed"] += 1
+        counts["discard-bytes-ok"] += length if done else 0
+
+    def specific_stats(self) -> Mapping[str, Any]:
+        return {"driver": self.name, **self._discards}
 
     def highest_written(self) -> int:
         return self.host.highest

@@ -106,11 +106,12 @@ async def change_backing_file(ctx: Context, args: ChangeBackingFile) -> None:
     """
     graph = ctx.daemon.graph
     root = find_node(ctx, args.device, args.device)
+    if any(isinstance(edge.parent, Node) for edge in root.parents):
+        raise BlockError("Need a root block node")
     image = graph.find(args.image_node_name)
     below = image.backing or image.filtered
     if below is None:
         raise BlockError("not allowing backing file change on an image without a backing file")
-    check_not_busy(root)
     if image not in backing_chain(root):
         raise BlockError(f"'{args.device}' and image file are not in the same chain")
     was_read_only = image.read_only

@@ -221,7 +221,9 @@ def make_secret(options: SecretOptions) -> Secret:
             raw = Path(options.file).read_bytes()
         except OSError as error:
             reason = os.strerror(error.errno or 0)
-            raise LiveDiskError(f"Failed to open file “{options.file}”: {reason}") from None
+            raise LiveDiskError(
+                f"Unable to read {options.file}: Failed to open file “{options.file}”: {reason}"
+            ) from None
     elif isinstance(options.data, str):
         raw = options.data.encode()
     else:
