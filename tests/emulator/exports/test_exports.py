@@ -305,6 +305,46 @@ def test_statistics_of_a_device_behind_its_door(short_path: Path) -> None:
     with_server(short_path, body)
 
 
+def test_nothing_changes_between_stop_and_cont_while_a_client_writes(short_path: Path) -> None:
+    image = short_path / "a.raw"
+    image.write_bytes(bytes(MIB))
+
+    async def body(bench: Bench, uri: Callable[[str], str]) -> None:
+        await file_node(bench, image, "disk")
+        await bench.device()
+        await bench.exports.add_legacy(NbdServerAdd(device="virtio0", writable=True))
+        writer = asyncio.ensure_future(
+            script(
+                uri("virtio0"),
+                """
+                import time
+                result, end = 0, time.monotonic() + seconds
+                while time.monotonic() < end:
+                    result += 1
+                    h.pwrite(result.to_bytes(8, "big") * 64, result * 512 % h.get_size())
+                    if not result % 7:
+                        h.zero(65536, 0)
+                """,
+                seconds=2,
+            )
+        )
+        seen = set()
+        while not writer.done():
+            await asyncio.sleep(0.1)
+            await bench.run_state.stop()
+            frozen = image.read_bytes()
+            await asyncio.sleep(0.05)
+            assert image.read_bytes() == frozen
+            seen.add(hash(frozen))
+            bench.run_state.cont()
+        last = await writer
+        at = last * 512 % MIB
+        assert last % 7 == 0 or image.read_bytes()[at : at + 512] == last.to_bytes(8, "big") * 64
+        assert len(seen) > 2
+
+    with_server(short_path, body)
+
+
 def test_a_full_disk_behind_the_door_waits_for_cont(short_path: Path) -> None:
     async def body(bench: Bench, uri: Callable[[str], str]) -> None:
         driver = await bench.disk()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -137,6 +138,19 @@ def test_bad_parameters_are_named_at_start(short_path: Path, parameters: tuple[s
     command = ["nbdkit", "-f", "-U", short_path / "s", "python", PLUGIN, f"path={python_site_packages()}"]
     done = run([*command, *parameters], expect=1, timeout=30)
     assert message in done.stderr
+
+
+def test_an_installed_plugin_finds_its_own_package(short_path: Path) -> None:
+    # As pip installs it: the plugin stands inside the package, whose folder is site-packages.
+    package = Path(exports.__file__).parents[1]
+    shutil.copytree(package, short_path / "site" / "livedisk" / "emulator")
+    shutil.copytree(package.parent / "nbd", short_path / "site" / "livedisk" / "nbd")
+    plugin = short_path / "site" / "livedisk" / "emulator" / "exports" / "nbdkit_plugin.py"
+    # PYTHONPATH gives the libraries, but does not make an editable installation work.
+    libraries = {"PYTHONPATH": str(python_site_packages())}
+    parameter = "blockdev=null-co,node-name=n,size=4096"
+    with Nbdkit(short_path, "python", str(plugin), parameter, environment=libraries) as nbdkit:
+        assert libnbd.script(nbdkit.uri, "result = h.get_size()") == 4096
 
 
 def test_it_goes_into_the_background(short_path: Path) -> None:
