@@ -12,6 +12,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
+import logging
 import os
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
@@ -28,8 +29,11 @@ from livedisk.emulator.drivers.qcow2 import options as opts
 from livedisk.emulator.drivers.qcow2.header import Header, Purpose, read_header
 from livedisk.emulator.drivers.qcow2.image import Image
 from livedisk.emulator.drivers.qcow2.options import Qcow2Options
+from livedisk.emulator.drivers.qcow2.repair import repair_dirty
 from livedisk.emulator.drivers.qcow2.resize import resize
 from livedisk.emulator.errors import BlockError, ImageError
+
+log = logging.getLogger(__name__)
 
 
 class _Prepared(msgspec.Struct):
@@ -59,6 +63,10 @@ class Qcow2(Driver):
         """Open the image and what it stands on. Raises BlockError (ImageError for a bad image) or OSError."""
         edge = await self.node.graph.open_child(self.node, self.options.file, "file", Role.IMAGE)
         header = await read_header(edge.node, self._purpose())
+        if header.dirty and not self.node.read_only:
+            log.warning("qcow2: node '%s' was not closed; repairing its image", self.node.name)
+            await repair_dirty(edge.node, log.info)
+            header = await read_header(edge.node, self._purpose())
         if self.options.encrypt is not msgspec.UNSET:
             raise BlockError(
                 "No encryption in image header, but options specified format "
