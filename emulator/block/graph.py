@@ -54,6 +54,7 @@ class Graph:
         self.on_change: list[Callable[[], None]] = []
         self.on_corruption: list[Callable[[Node, str, int | None, int | None, bool], None]] = []
         self.parse_options: Callable[[dict[str, Any]], BlockdevOptions] | None = None
+        self._drains: list[_Drain] = []
         self._serial = 0
 
     # -- names -----------------------------------------------------------------------------------------------------
@@ -355,6 +356,8 @@ class Graph:
 
     def changed(self) -> None:
         """The structure or a node's options changed: flat maps are stale, watchers are told."""
+        for drain in self._drains:
+            drain.extend()
         for backend in self.backends:
             backend.refresh()
         for watcher in list(self.on_change):
@@ -372,16 +375,17 @@ class Graph:
     @asynccontextmanager
     async def drained(self, *nodes: Node) -> AsyncIterator[None]:
         """While inside, no request of any backend reaches one of these nodes, and none is in flight. Without nodes:
-        the whole graph."""
-        backends = self.backends_above(nodes) if nodes else list(self.backends)
-        for backend in backends:
-            backend.quiesce()
+        the whole graph. Backends that come to stand above the nodes meanwhile are held, too."""
+        drain = _Drain(self, nodes)
+        self._drains.append(drain)
         try:
-            for backend in backends:
+            drain.extend()
+            for backend in list(drain.held):
                 await backend.idle()
             yield
         finally:
-            for backend in backends:
+            self._drains.remove(drain)
+            for backend in drain.held:
                 backend.unquiesce()
 
     # -- permissions -------------------------------------------------------------------------------------------------
@@ -455,6 +459,23 @@ class Graph:
         known = list(self.nodes.values())
         for node in known:
             yield from visit(node)
+
+
+class _Drain:
+    """One drained section: its nodes (none: all), and the backends that it holds."""
+
+    def __init__(self, graph: Graph, nodes: tuple[Node, ...]) -> None:
+        self._graph = graph
+        self._nodes = nodes
+        self.held: list[BlockBackend] = []
+
+    def extend(self) -> None:
+        """Hold what stands above the nodes now and is not held yet."""
+        graph = self._graph
+        for backend in graph.backends_above(self._nodes) if self._nodes else graph.backends:
+            if backend not in self.held:
+                self.held.append(backend)
+                backend.quiesce()
 
 
 class _Nested:

@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from contract.disks import opened, read
+from contract.variants import SIZE, VARIANTS, Variant
 from hypothesis import given
 from hypothesis import strategies as st
 
-from contract.disks import opened, read
-from contract.variants import SIZE, VARIANTS, Variant
 from livedisk.emulator.block.backend import BlockBackend
 from livedisk.emulator.block.flatmap import DATA, HOLE, MISS
 from livedisk.emulator.block.status import block_status
