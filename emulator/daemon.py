@@ -91,7 +91,6 @@ class Daemon:
         self.devices = DeviceTree(self.graph, self.run_state, self.events.emit, self._is_iothread)
         self.exports = BlockExports(self.graph, self.devices, self.events.emit, self._is_iothread)
         self.graph.parse_options = self.parse_options
-        self.graph.reserved.append(lambda wanted: self.devices.find(wanted) is not None)
         self.graph.on_corruption.append(self._announce_corruption)
         self._dispatcher = Dispatcher()
         self._chardevs: dict[str, Device] = {}

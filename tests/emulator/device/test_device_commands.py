@@ -72,6 +72,9 @@ STEPS: list[tuple[str, dict[str, Any]]] = [
     ("device_add", {"drive": "m"}),
     device_add(drive="m", id="d2", rerror="enospc", serial="x"),
     device_add(drive="ro"),
+    # A device's id is no name of a block backend: a node may have the same.
+    ("blockdev-add", {"driver": "null-co", "node-name": "virtio0", "size": 512}),
+    ("blockdev-del", {"node-name": "virtio0"}),
     ("query-block", {}),
     ("device_del", {"id": "nope"}),
     ("blockdev-del", {"node-name": "m"}),
