@@ -52,10 +52,8 @@ async def _run_terminal(session: Session, address: str) -> int:
 
     version = session.client.greeting["version"]["qemu"]
     package = session.client.greeting["version"].get("package", "")
-    click.echo(
-        f"Connected to {package or 'QEMU'}, QMP {version['major']}.{version['minor']}.{version['micro']}, at
-        {address}"
-    )
+    triple = f"{version['major']}.{version['minor']}.{version['micro']}"
+    click.echo(f"Connected to {package or 'QEMU'}, QMP {triple}, at {address}")
     click.echo("TAB completes, Ctrl-D ends.")
     prompt: PromptSession[str] = PromptSession(
         history=FileHistory(str(_history())), completer=_completer(await session.schema())

@@ -185,10 +185,9 @@ def shown(echoed: str) -> str:
     return line
 
 
-KEYS = st.sampled_from(
-    ["a", "b", " ", "x", "\x7f", "\x01", "\x05", "\x02", "\x06", "\x04", "\x0b", "\x15", "\x17", "\x10", "\x0e", "\r"]
-    + ["\x1b[A", "\x1b[B", "\x1b[C", "\x1b[D", "\x1b[3~", "\x1b[H", "\x1bx", "\x1b[9Z", "\t", "\x1f"]
-)
+CONTROLS = "\x01\x02\x04\x05\x06\x0b\x0e\x10\x15\x17\x1f\x7f\t\r"
+SEQUENCES = ["\x1b[A", "\x1b[B", "\x1b[C", "\x1b[D", "\x1b[3~", "\x1b[H", "\x1bx", "\x1b[9Z"]
+KEYS = st.sampled_from([*"ab x", *CONTROLS, *SEQUENCES])
 
 
 @given(st.lists(KEYS, max_size=60))

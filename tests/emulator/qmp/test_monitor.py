@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import tomllib
 from collections.abc import Awaitable, Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,6 +18,7 @@ from livedisk.emulator.qmp.context import Context
 from livedisk.emulator.qmp.monitor import QUEUE_LIMIT, Dispatcher, QmpMonitor
 from livedisk.emulator.qmp.qapi import QapiStruct
 from livedisk.emulator.qmp.registry import Registry
+from livedisk.emulator.qmp.version import LIVEDISK_VERSION
 
 NEGOTIATE = b'{"execute":"qmp_capabilities"}\n'
 WITH_OOB = b'{"execute":"qmp_capabilities","arguments":{"enable":["oob"]}}\n'
@@ -353,3 +356,8 @@ def test_events_reach_all_that_negotiated() -> None:
         assert silent.take() == departed.take() == []
 
     run(test)
+
+
+def test_the_version_told_is_the_packages() -> None:
+    with (Path(__file__).resolve().parents[3] / "pyproject.toml").open("rb") as file:
+        assert tomllib.load(file)["project"]["version"] == LIVEDISK_VERSION

@@ -130,13 +130,13 @@ def test_json_values_read_back(arguments: dict[str, Any]) -> None:
 
 @given(st.text("ab=.,[]{}\"' \\1", max_size=30))
 def test_any_line_is_read_or_refused(line: str) -> None:
-    reader = LineReader()
     try:
-        request = reader.take(line)
-    except ShellSyntaxError as error:
-        request = None
-        assert str(error)
-    assert request is None or json.dumps(request.message)
+        request = LineReader().take(line)
+    except ShellSyntaxError as refusal:
+        text = str(refusal)
+    else:
+        text = json.dumps(request.message) if request is not None else "nothing to send"
+    assert text
 
 
 # -- schema ------------------------------------------------------------------------------------------------------------

@@ -231,7 +231,7 @@ def test_json_messages(value: Any, message: str) -> None:
         ({"driver": "stack", "file": "x", "backing": 3}, "Invalid parameter type for 'backing', expected: ShapeRefOrNull"),
         ({"driver": "stack", "file": {"driver": "foo"}}, "Parameter 'driver' does not accept value 'foo'"),
         ({"driver": "stack", "file": {"driver": "circle", "q": 1}}, "Parameter 'file.q' is unexpected"),
-        ({"driver": "stack", "file": {"driver": "round", "size": ""}}, "Invalid parameter type for 'file.size', expected: integer"),
+        ({"driver": "stack", "file": {"driver": "bare", "node-name": 1}}, "Invalid parameter type for 'file.node-name', expected: string"),  # noqa: E501
         # The base's members are looked at before the variant's, and leftovers last.
         ({"driver": "circle", "z": 1, "size": "", "node-name": 1}, "Invalid parameter type for 'node-name', expected: string"),
         ({"driver": "circle", "zork": 1, "size": "a"}, "Invalid parameter type for 'size', expected: integer"),
