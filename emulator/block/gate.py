@@ -17,7 +17,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, Final
 
 import msgspec
@@ -88,7 +88,8 @@ def protocol_options(node: Node, filename: str) -> BlockdevOptions:
     cls = DRIVERS.get(name)
     if cls is None or "filename" not in cls.Options.__struct_fields__:
         raise BlockError(f"Unknown protocol '{name}'", hint=f"'{filename}' cannot be opened from inside an image.")
-    return cls.Options(driver=name, filename=path)  # type: ignore[call-arg]
+    make: Callable[..., BlockdevOptions] = cls.Options
+    return make(driver=name, filename=path)
 
 
 def _is_block_device(path: str) -> bool:
@@ -144,12 +145,8 @@ async def _open_named(node: Node, filename: str, fmt: str | None) -> Edge:
     if not fmt:
         await _check_raw(node, options, filename)
     cls = driver_class(fmt or "raw")
-    return await node.graph.open_child(
-        node,
-        cls.Options(driver=cls.name, file=options),
-        "backing",
-        Role.COW,  # type: ignore[call-arg]
-    )
+    make: Callable[..., BlockdevOptions] = cls.Options
+    return await node.graph.open_child(node, make(driver=cls.name, file=options), "backing", Role.COW)
 
 
 async def _check_raw(node: Node, options: BlockdevOptions, filename: str) -> None:

@@ -66,6 +66,11 @@ class Allocator:
         self._packed_to = 0  # where the next compressed cluster goes, in a cluster that has room; or 0
 
     # -- allocation ----------------------------------------------------------------------------------------------------
+    @property
+    def ready(self) -> bool:
+        """Whether `take` gives something now."""
+        return self._run_start < self._run_end
+
     async def ensure(self) -> None:
         """Return with a free run at hand, so that `take` gives at least one cluster. Raises OSError."""
         while self._run_start >= self._run_end:

@@ -133,8 +133,8 @@ class TableCache(Generic[D]):
 
     @property
     def crowded(self) -> bool:
-        """Whether more than half of the cache is dirty: time to write back."""
-        return 2 * len(self.dirty) > self.limit
+        """Whether more is dirty than the cache should hold: time to write back."""
+        return len(self.dirty) > self.limit
 
     def drop(self, offset: int, length: int) -> None:
         """Forget all pieces in a range of the file, dirty or not: their storage is no longer theirs."""

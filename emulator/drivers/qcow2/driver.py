@@ -157,7 +157,9 @@ class Qcow2(Driver):
         await self.image.read_guest(offset, view)
 
     async def write(self, offset: int, data: memoryview) -> None:
-        await self._before_change()
+        self._check_usable()
+        if self.image.bitmaps_trusted:
+            await self.image.before_change()
         await self.image.writer.write(offset, data)
 
     async def write_zeroes(self, offset: int, length: int, flags: ZeroFlags) -> None:

@@ -84,6 +84,7 @@ class Image:
             header.refcount_table_offset,
             sizes.refcount,
         )
+        self.storage.has_data_file = header.has_data_file
         self.allocator = Allocator(self.refcounts, fresh_from=self.storage.file.node.size)
         self.tables = Tables(
             self.storage, self.allocator, self.geometry, header.version, raw_data=header.data_file_raw
@@ -95,7 +96,7 @@ class Image:
         self.writer = Writer(self)
         self.zeroer = Zeroer(self)
         self.snapshots: tuple[Snapshot, ...] = ()
-        self._bitmaps_trusted = header.bitmaps is not None
+        self.bitmaps_trusted = header.bitmaps is not None
         self.decompressor = Decompressor(header.compression_type, self.geometry.cluster_size)
 
     async def load(self) -> None:
@@ -140,7 +141,7 @@ class Image:
         if state is State.NORMAL:
             if self.tables.raw_data and self.tables.misplaced(run, offset) is not None:
                 return Segment(Kind.OPAQUE, run.length)
-            in_place = run.copied and not self._bitmaps_trusted and self._may_write_in_place(run)
+            in_place = run.copied and not self.bitmaps_trusted and self._may_write_in_place(run)
             return Segment(Kind.DATA, run.length, storage.data, HostOffset(run.host), in_place)
         if state is State.ZERO:
             return Segment(Kind.ZERO, run.length)
@@ -233,7 +234,7 @@ class Image:
         they are not to be relied on. Raises OSError.
         """
         directory = self.header.bitmaps
-        if not self._bitmaps_trusted or directory is None:
+        if not self.bitmaps_trusted or directory is None:
             return
         raw = await self.storage.read(directory.directory_offset, directory.directory_size)
         at = 0
@@ -245,10 +246,15 @@ class Image:
             Point.BITMAP_DIRECTORY, Section.BITMAP_DIRECTORY, directory.directory_offset, bytes(raw)
         )
         await self.storage.barrier()
-        self._bitmaps_trusted = False
+        self.bitmaps_trusted = False
         self.node.mapping_changed()
 
     # -- the header ------------------------------------------------------------------------------------------------------
+    @property
+    def ready_to_allocate(self) -> bool:
+        """Whether an allocation has nothing to wait for."""
+        return (self.allocator.ready or self.storage.has_data_file) and (not self.lazy or self.header.dirty)
+
     async def before_allocation(self) -> None:
         """With lazy refcounts: set the dirty bit, durably, before refcounts fall behind."""
         if self.lazy and not self.header.dirty:

@@ -26,6 +26,8 @@ DEFAULT_L2_CACHE: Final = 32 << 20
 DEFAULT_SLICE: Final = 64 << 10
 """Bytes at most. QEMU's default is the cluster size, which for 2 MiB clusters reads 2 MiB to answer for one 4 KiB request."""
 MIN_REFCOUNT_CLUSTERS: Final = 4
+MIN_REFCOUNT_CACHE: Final = 256 << 10
+"""Bytes: what QEMU's default of four clusters comes to with clusters of 64 KiB; smaller clusters get as much."""
 DEFAULT_CLEAN_INTERVAL: Final = 600
 """Seconds."""
 
@@ -148,7 +150,7 @@ def cache_sizes(options: Qcow2Options, header: Header) -> CacheSizes:
             f"L2 cache entry size must be a power of two between {1 << MIN_CLUSTER_BITS} and the cluster size ({cluster})"
         )
     useful = geometry.round_up(geometry.clusters(header.virtual_size) * geometry.l2_entry_size)
-    least = MIN_REFCOUNT_CLUSTERS * cluster
+    least = max(MIN_REFCOUNT_CLUSTERS * cluster, MIN_REFCOUNT_CACHE) if options.refcount_cache_size is UNSET else 2 * cluster
     l2 = min(useful, int(pick(options.l2_cache_size, DEFAULT_L2_CACHE)))
     refcount = int(pick(options.refcount_cache_size, least))
     if options.cache_size is not UNSET:

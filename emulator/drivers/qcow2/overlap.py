@@ -56,53 +56,62 @@ class OverlapGuard:
     """Where the metadata stands. Offsets and lengths are bytes in the image's file.
 
     ``checked``: the sections that writes are checked against. With a data file the guest's data cannot overlap; metadata still
-    can.
+    can. Sections are kept as plain numbers here: `hit` runs for every write.
     """
 
     def __init__(self, cluster_size: int, checked: Section) -> None:
-        self.checked = checked
+        self._checked = int(checked)
         self._cluster_size = cluster_size
-        self._ranges: list[tuple[Section, int, int]] = []
-        self._clusters: dict[Section, array[int]] = {
-            Section.ACTIVE_L2: array("Q"),
-            Section.REFCOUNT_BLOCK: array("Q"),
-            Section.INACTIVE_L2: array("Q"),
+        self._ranges: list[tuple[int, int, int]] = []
+        self._clusters: dict[int, array[int]] = {
+            int(section): array("Q") for section in (Section.ACTIVE_L2, Section.REFCOUNT_BLOCK, Section.INACTIVE_L2)
         }
+
+    @property
+    def checked(self) -> Section:
+        return Section(self._checked)
+
+    @checked.setter
+    def checked(self, sections: Section) -> None:
+        self._checked = int(sections)
 
     def set_ranges(self, section: Section, ranges: Iterable[tuple[int, int]]) -> None:
         """Say where a section with a few long ranges stands: ``(offset, length)`` each."""
-        self._ranges = [known for known in self._ranges if known[0] is not section]
-        self._ranges += [(section, offset, offset + length) for offset, length in ranges if length]
+        number = int(section)
+        self._ranges = [known for known in self._ranges if known[0] != number]
+        self._ranges += [(number, offset, offset + length) for offset, length in ranges if length]
 
     def set_clusters(self, section: Section, offsets: Iterable[int]) -> None:
         """Say where a section of single clusters stands (zero offsets are left out)."""
-        self._clusters[section] = array("Q", sorted(offset for offset in offsets if offset))
+        self._clusters[int(section)] = array("Q", sorted(offset for offset in offsets if offset))
 
     def add_cluster(self, section: Section, offset: int) -> None:
         """A new table."""
-        known = self._clusters[section]
+        known = self._clusters[int(section)]
         known.insert(bisect_left(known, offset), offset)
 
     def remove_cluster(self, section: Section, offset: int) -> None:
         """A table is gone."""
-        known = self._clusters[section]
+        known = self._clusters[int(section)]
         at = bisect_left(known, offset)
         if at < len(known) and known[at] == offset:
             del known[at]
 
-    def hit(self, offset: int, length: int, but: Section = Section.NONE) -> str | None:
+    def hit(self, offset: int, length: int, but: int = 0) -> str | None:
         """The name of a checked section that a write to the range would touch, leaving out ``but``; or None."""
-        checked = self.checked & ~but
+        checked = self._checked & ~int(but)
         end = offset + length
-        if checked & Section.MAIN_HEADER and offset < self._cluster_size:
+        if offset < self._cluster_size and checked & 1:
             return _NAMES[Section.MAIN_HEADER]
         for section, start, stop in self._ranges:
-            if checked & section and start < end and offset < stop:
-                return _NAMES[section]
-        first = offset - self._cluster_size + 1 if offset >= self._cluster_size else 0
+            if start < end and offset < stop and checked & section:
+                return _NAMES[Section(section)]
+        first = offset - self._cluster_size + 1
+        if first < 0:
+            first = 0
         for section, known in self._clusters.items():
-            if checked & section and known:
+            if known and checked & section:
                 at = bisect_left(known, first)
                 if at < len(known) and known[at] < end:
-                    return _NAMES[section]
+                    return _NAMES[Section(section)]
         return None

@@ -45,7 +45,8 @@ class Observer(Protocol):
 class Storage:
     """The image's file and data file.
 
-    ``mark_corrupt`` is set by the driver: it sets the corrupt bit in the header. ``dead``: fatally damaged. ``observer``: see
+    ``mark_corrupt`` is set by the driver: it sets the corrupt bit in the header. ``has_data_file``: the
+    guest's data stands in a file of its own. ``dead``: fatally damaged. ``observer``: see
     `Observer`.
     """
 
@@ -54,6 +55,7 @@ class Storage:
         self.guard = guard
         self.observer: Observer | None = None
         self.mark_corrupt: Callable[[], Awaitable[None]] | None = None
+        self.has_data_file = False
         self.dead = False
         self._told = False
 
@@ -65,11 +67,7 @@ class Storage:
     @property
     def data(self) -> Edge:
         """Holds the guest's data."""
-        return self.node.children.get("data-file") or self.node.children["file"]
-
-    @property
-    def has_data_file(self) -> bool:
-        return "data-file" in self.node.children
+        return self.node.children["data-file" if self.has_data_file else "file"]
 
     async def read(self, offset: int, length: int) -> bytearray:
         """``length`` bytes of the file; what lies past its end reads as zeroes."""

@@ -23,6 +23,7 @@ from livedisk.emulator.drivers.qcow2.overlap import Section
 from livedisk.emulator.drivers.qcow2.storage import Damage, Storage
 
 _CHUNK: Final = 64
+_PLAIN_FLAGS: Final = COMPRESSED | ZERO
 
 
 class State(IntEnum):
@@ -48,8 +49,11 @@ class Run(NamedTuple):
     entry: int = 0
 
 
-_READS_ZERO: Final = (State.ZERO, State.ZERO_ALLOC)
-_UNALLOCATED: Final = (State.UNALLOCATED, State.UNALLOCATED_ALLOC)
+# Names without a lookup in the enumeration: `Tables.lookup` is on the way of every request.
+_UNALLOCATED: Final = State.UNALLOCATED
+_NORMAL: Final = State.NORMAL
+_ZERO_ALLOC: Final = State.ZERO_ALLOC
+_COMPRESSED: Final = State.COMPRESSED
 _LINEAR: Final = (State.NORMAL, State.ZERO_ALLOC, State.UNALLOCATED_ALLOC)
 
 
@@ -140,7 +144,7 @@ class Tables:
     def lookup(self, offset: int, length: int) -> Run:
         """What the entries say of the start of ``[offset, offset+length)``. Raises NotMapped."""
         run = self._lookup_slice(offset, length)
-        while run.length < length and run.state < State.COMPRESSED:
+        while run.length < length and run.state < _COMPRESSED:
             try:
                 more = self._lookup_slice(offset + run.length, length - run.length)
             except NotMapped:
@@ -182,14 +186,14 @@ class Tables:
         entry = data[index]
         inside = offset & (self.cluster_size - 1)
         state = self.state(entry)
-        if state is State.NORMAL or state is State.ZERO_ALLOC:
+        if state is _NORMAL or state is _ZERO_ALLOC:
             limit = min(-(-(inside + length) >> self.cluster_bits), self.slice_entries - index)
             count = count_run(data, index, limit, self.cluster_size) if limit > 1 else 1
             length = min((count << self.cluster_bits) - inside, length)
             if entry & OFFSET_MASK & (self.cluster_size - 1):
                 return Run(State.INVALID, length, entry=entry)
             return Run(state, length, (entry & OFFSET_MASK) + inside, entry >= COPIED, entry)
-        if state >= State.COMPRESSED:
+        if state >= _COMPRESSED:
             return Run(state, min(self.cluster_size - inside, length), 0, False, entry)
         limit = min(-(-(inside + length) >> self.cluster_bits), self.slice_entries - index)
         count = count_run(data, index, limit, 0) if limit > 1 else 1
@@ -198,7 +202,9 @@ class Tables:
     def state(self, entry: int) -> State:
         """What a standard L2 entry says."""
         if entry == 0:
-            return State.UNALLOCATED
+            return _UNALLOCATED
+        if entry & _PLAIN_FLAGS == 0 and entry & OFFSET_MASK:
+            return _NORMAL
         if entry & COMPRESSED:
             return State.INVALID if self.storage.has_data_file else State.COMPRESSED
         if entry & ZERO:
@@ -265,6 +271,13 @@ class Tables:
             f"External data file host cluster offset {run.host & ~mask:#x} does not match guest cluster offset: "
             f"{offset & ~mask:#x}, L2 index: {offset >> self.cluster_bits & (self.table_entries - 1):#x}"
         )
+
+    def owned(self, offset: int) -> tuple[Table[array[int]], int] | None:
+        """What `own` would give, if that needs no awaiting."""
+        entry = self.l1[offset >> self.l1_shift]
+        if entry < COPIED or entry & OFFSET_MASK & (self.cluster_size - 1):
+            return None
+        return self.cached(offset)
 
     # -- changing entries ------------------------------------------------------------------------------------------------
     async def own(self, offset: int) -> tuple[Table[array[int]], int]:

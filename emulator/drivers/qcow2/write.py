@@ -112,16 +112,12 @@ class Writer:
         """Write the first part of ``data``; gives how many bytes. 0: look again, the mapping may have changed."""
         image, size = self.image, self.image.geometry.cluster_size
         first = offset & ~(size - 1)
-        await self.settled(first, first + size)
-        table, index = await image.tables.own(offset)
-        if not image.storage.has_data_file:
-            await image.allocator.ensure()
-        await image.before_allocation()
-        # No await from here until the claim stands.
-        found = image.tables.cached(offset)
-        if found is None or found[0] is not table or self._conflict(first, first + size) is not None:
+        found = image.tables.owned(offset)
+        if found is None or not image.ready_to_allocate or self._conflict(first, first + size) is not None:
+            await self._get_ready(offset, first)
             return 0
-        plan = self._plan(table.data, index, offset, len(data))
+        # No await until the claim stands.
+        plan = self._plan(*found, offset, len(data))
         if plan is None:
             return 0
         claim = _Claim(plan.start, plan.end)
@@ -129,7 +125,8 @@ class Writer:
         done = min(len(data), plan.end - offset)
         try:
             await self._fill(plan, offset, data[:done])
-            await self._publish(plan)
+            # No await from here on, if the slice is still in memory: a reader sees all of it or nothing.
+            self._publish(plan, *(image.tables.owned(plan.start) or await image.tables.own(plan.start)))
         except OSError:
             if plan.new:
                 image.allocator.give_back(plan.host, plan.new)
@@ -146,13 +143,23 @@ class Writer:
             await image.writeback.run()
         return done
 
-    def _plan(self, data: array[int], index: int, offset: int, length: int) -> _Plan | None:
+    async def _get_ready(self, offset: int, first: int) -> None:
+        """Everything that an allocation may have to wait for."""
+        image = self.image
+        await self.settled(first, first + image.geometry.cluster_size)
+        await image.tables.own(offset)
+        if not image.storage.has_data_file:
+            await image.allocator.ensure()
+        await image.before_allocation()
+
+    def _plan(self, table: Table[array[int]], index: int, offset: int, length: int) -> _Plan | None:
         """Choose host clusters for the start of a write, and own them. None: nothing to allocate, or somebody was quicker."""
-        tables, geometry = self.image.tables, self.image.geometry
+        data, tables, geometry = table.data, self.image.tables, self.image.geometry
         size, step = geometry.cluster_size, tables.words
         start = offset & ~(size - 1)
         wanted = min(-(-(offset + length - start) // size), tables.slice_entries - index)
-        wanted = self._unclaimed(start, wanted)
+        if self._claims:
+            wanted = self._unclaimed(start, wanted)
         entry = data[index * step]
         reuse = tables.has_host(entry) and entry >= COPIED
         count = 1
@@ -266,7 +273,9 @@ class Writer:
         end = offset + len(data)
         host = plan.host - plan.start
         if not image.storage.has_data_file:
-            await image.storage.check_overlap(host + plan.copy_from, plan.copy_to - plan.copy_from)
+            hit = image.storage.guard.hit(host + plan.copy_from, plan.copy_to - plan.copy_from)
+            if hit is not None:
+                await image.storage.check_overlap(host + plan.copy_from, plan.copy_to - plan.copy_from)
         head, tail = offset - plan.copy_from, plan.copy_to - end
         if head and await self._leave_zero(plan, plan.copy_from, head):
             head = 0
@@ -316,10 +325,8 @@ class Writer:
         return True
 
     # -- publishing ------------------------------------------------------------------------------------------------------
-    async def _publish(self, plan: _Plan) -> None:
+    def _publish(self, plan: _Plan, table: Table[array[int]], index: int) -> None:
         """Let the L2 entries lead to the planned host clusters; what they led to before is retired."""
-        table, index = await self.image.tables.own(plan.start)
-        # No await from here on: a reader sees all of it or nothing.
         size = self.image.geometry.cluster_size
         count = (plan.end - plan.start) // size
         if self.image.tables.extended:
