@@ -66,13 +66,15 @@ class Poller:
             connection.poll()
             connection.settle()
             return
+        now = monotonic_ns()
         if self._turn is None:
-            waited = monotonic_ns() - self._gave_up
+            waited = now - self._gave_up
             if waited > 2 * self._max_ns:
                 self.ns = self.ns // 2 if self.ns > _FIRST_NS else 0
             elif waited > self.ns:
                 self.ns = min(self._max_ns, self.ns * 2 or _FIRST_NS)
         if connection.poll():
+            connection.last_active = now
             if connection not in self._active:
                 self._active.append(connection)
             self._spin()
