@@ -10,7 +10,6 @@ from typing import Any, Final
 
 from livedisk.emulator.block.options import BlockdevOptions
 from livedisk.emulator.cli.daemon_options import MACHINE, MONITORS, STORAGE_DAEMON
-from livedisk.emulator.cli.listing import listing
 from livedisk.emulator.cli.options import Given
 from livedisk.emulator.daemon import Daemon
 from livedisk.emulator.device.runstate import State
@@ -119,6 +118,9 @@ class Builder:
             try:
                 await _STEPS[one.name](self, one)
             except HelpRequested as request:
+                # Imported here: a daemon that starts has no use for it.
+                from livedisk.emulator.cli.listing import listing
+
                 raise HelpShown(listing(one.name, request.values)) from None
             except (LiveDiskError, OSError) as error:
                 raise Refused(one, error) from error

@@ -7,8 +7,6 @@ the business of whoever takes the parsed list.
 
 from __future__ import annotations
 
-import shutil
-import textwrap
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -80,6 +78,9 @@ def _walk(known: dict[str, Option], words: Iterator[str]) -> Iterator[Given]:
 
 def manual(title: str, usage: str, description: str, table: Sequence[Option], closing: str) -> str:
     """The text of ``--help``, laid out as a manual page for the terminal's width."""
+    # Imported here, as below: a daemon that starts has no use for it.
+    import shutil
+
     width = min(max(shutil.get_terminal_size((80, 24)).columns, 60), 100)
     blocks = [
         f"NAME\n{_indented(title, width)}",
@@ -95,11 +96,15 @@ def manual(title: str, usage: str, description: str, table: Sequence[Option], cl
 
 
 def _row(option: Option, width: int) -> str:
+    import textwrap
+
     spelled = ", ".join(f"-{name}" for name in option.names)
     head = f"    {spelled} {option.argument}".rstrip()
     return head + "\n" + textwrap.indent(textwrap.fill(option.help, width - 8), " " * 8)
 
 
 def _indented(text: str, width: int) -> str:
+    import textwrap
+
     paragraphs = [textwrap.fill(" ".join(part.split()), width - 4) for part in text.strip().split("\n\n")]
     return textwrap.indent("\n\n".join(paragraphs), "    ")

@@ -15,7 +15,7 @@ import asyncio
 import logging
 import re
 from collections.abc import Callable
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 import msgspec
 
@@ -40,7 +40,9 @@ from livedisk.emulator.exports.options import (
 from livedisk.emulator.qmp.events import event
 from livedisk.emulator.qmp.qapi import QapiStruct
 from livedisk.nbd.export import Export
-from livedisk.nbd.server import NbdServer
+
+if TYPE_CHECKING:
+    from livedisk.nbd.server import NbdServer
 
 log = logging.getLogger(__name__)
 
@@ -104,6 +106,9 @@ class BlockExports:
         if isinstance(options.tls_authz, str):
             # QEMU takes this and checks nobody; a rule that is not applied is worse than none.
             raise ExportError("Parameter 'tls-authz' needs 'tls-creds'")
+        # Imported here: many daemons are started to be controlled long before they serve, and start-up counts.
+        from livedisk.nbd.server import NbdServer
+
         server = NbdServer(max_connections=options.max_connections, handshake_seconds=options.handshake_max_seconds)
         address = options.addr if isinstance(options, NbdServerOptions) else options.addr.data
         try:

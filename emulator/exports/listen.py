@@ -9,11 +9,13 @@ import asyncio
 import errno
 import os
 import socket
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from livedisk.emulator.errors import LiveDiskError
 from livedisk.emulator.exports.options import Fd, Inet, Unix, Vsock
-from livedisk.nbd.server import NbdServer
+
+if TYPE_CHECKING:
+    from livedisk.nbd.server import NbdServer
 
 Address = Inet | Unix | Vsock | Fd
 
