@@ -46,7 +46,9 @@ def daemon(args: Sequence[str], prog_name: str = PROGRAM) -> int:
 async def _run(given: Sequence[Given], background: Background) -> int:
     """Build, serve, close. Returns the exit code."""
     from livedisk.emulator.cli.build import Builder, HelpShown, Refused
+    from livedisk.emulator.qmp.registry import load_plugins
 
+    load_plugins()
     try:
         builder = Builder(given, daemonize=background.wanted)
     except Refused as error:

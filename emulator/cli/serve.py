@@ -104,7 +104,9 @@ class _Order:
         scratch: str,
     ) -> None:
         from livedisk.emulator.daemon import Daemon
+        from livedisk.emulator.qmp.registry import load_plugins
 
+        load_plugins()
         self._image = image
         self._format = fmt
         self._address = address

@@ -14,9 +14,14 @@ function that is called once.
 
 from __future__ import annotations
 
+import glob
+import importlib
 import inspect
+import operator
+import os
+import sys
 import typing
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, TypeVar
@@ -150,10 +155,29 @@ def to_wire(result: Any) -> Any:
 def load_plugins() -> None:
     """Import everything declared in the entry-point group ``livedisk.plugins``, in order of names. What a plugin
     raises is not caught: a broken plugin must not be passed over."""
-    # Imported here: reading packages' metadata is slow, and only a daemon needs it.
-    from importlib.metadata import entry_points
+    for _, reference in sorted(set(_declared_plugins(sys.path))):
+        module_name, _, attribute = reference.partition(":")
+        module = importlib.import_module(module_name)
+        if attribute:
+            operator.attrgetter(attribute)(module)()
 
-    for entry_point in sorted(entry_points(group=PLUGIN_GROUP), key=lambda point: point.name):
-        plugin = entry_point.load()
-        if callable(plugin):
-            plugin()
+
+def _declared_plugins(path: Iterable[str]) -> Iterator[tuple[str, str]]:
+    """``(name, "module" or "module:function")`` of each entry point of the group, from installed packages' folders.
+
+    As importlib.metadata finds them; but importing that alone takes a tenth of the time a daemon has to start.
+    """
+    seen: set[str] = set()
+    for folder in path:
+        for declaration in sorted(glob.glob("*.*-info/entry_points.txt", root_dir=folder or ".")):
+            if declaration in seen:
+                continue  # an earlier folder's package hides this one
+            seen.add(declaration)
+            in_group = False
+            with open(os.path.join(folder, declaration), encoding="utf-8") as lines:
+                for line in map(str.strip, lines):
+                    if line.startswith("["):
+                        in_group = line == f"[{PLUGIN_GROUP}]"
+                    elif in_group and line and not line.startswith(("#", ";")):
+                        name, _, reference = line.partition("=")
+                        yield name.strip(), reference.partition("[")[0].strip()
