@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import resource
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -149,3 +151,47 @@ def test_the_documented_command_line_serves_its_device(short_path: Path, options
         assert qmp.execute("query-block") == []
         qmp.execute("blockdev-del", node_name="node-A")
     assert image.read_bytes()[:5120] == b"guest" * 1024
+
+
+def test_a_write_that_the_host_refuses_stops_the_guest_until_there_is_room(short_path: Path) -> None:
+    image, socket = short_path / "a.raw", short_path / "nbd"
+    image.write_bytes(bytes(1 << 20))
+    line = (
+        *("-blockdev", f"raw,node-name=disk,file.driver=file,file.filename={image}"),
+        *("-device", "virtio-blk,drive=disk,id=virtio0,werror=stop"),
+    )
+    with Machine(short_path, ours(), *line) as machine, Qmp(machine.qmp_socket) as qmp:
+        qmp.call("nbd-server-start", {"addr": {"type": "unix", "data": {"path": str(socket)}}})
+        qmp.execute("nbd-server-add", device="virtio0", writable=True)
+        pid, limit = machine.child.pid, resource.RLIMIT_FSIZE
+        before = resource.prlimit(pid, limit)
+        resource.prlimit(pid, limit, (1 << 19, before[1]))  # a full disk, as far as this process can tell
+        code = f"""
+            h.connect_uri("nbd+unix:///virtio0?socket={socket}")
+            for n in range(64):
+                h.pwrite(bytes([n]) * 4096, 1 << 19)
+            result = "written"
+            """
+        with ThreadPoolExecutor(1) as pool:
+            write = pool.submit(libnbd.script, None, code)
+            event = qmp.wait_event("BLOCK_IO_ERROR")
+            assert event == {
+                "qom-path": "/machine/peripheral/virtio0/virtio-backend",
+                "device": "",
+                "node-name": "disk",
+                "operation": "write",
+                "action": "stop",
+                "nospace": False,
+                "reason": "File too large",
+            }
+            qmp.wait_event("STOP")
+            assert qmp.execute("query-status") == {"running": False, "status": "io-error"}
+            (info,) = qmp.execute("query-block")
+            assert info["io-status"] == "failed"
+            assert not write.done()
+            resource.prlimit(pid, limit, before)
+            qmp.execute("cont")
+            assert write.result(30) == "written"
+        (info,) = qmp.execute("query-block")
+        assert info["io-status"] == "ok"
+        assert image.read_bytes()[1 << 19 : (1 << 19) + 4096] == bytes([63]) * 4096
