@@ -30,9 +30,9 @@ def main() -> int:
         sys.stdout.write(_overview())
         return 0
     if name in ("--version", "-V"):
-        from livedisk.emulator.qmp.version import livedisk_version
+        from livedisk.emulator.qmp.version import LIVEDISK_VERSION
 
-        print(f"livedisk {livedisk_version()}")
+        print(f"livedisk {LIVEDISK_VERSION}")
         return 0
     problem = f"livedisk: {name}: no such command\n" if name else ""
     sys.stderr.write(problem + _overview())

@@ -32,9 +32,9 @@ def daemon(args: Sequence[str], prog_name: str = PROGRAM) -> int:
         sys.stdout.write(manual(TITLE, USAGE, DESCRIPTION, TABLE, CLOSING))
         return 0
     if "version" in names:
-        from livedisk.emulator.qmp.version import livedisk_version
+        from livedisk.emulator.qmp.version import LIVEDISK_VERSION
 
-        print(f"{prog_name} {livedisk_version()}")
+        print(f"{prog_name} {LIVEDISK_VERSION}")
         return 0
     with Background("daemonize" in names) as background:
         if background.is_parent:
