@@ -474,11 +474,13 @@ def check_table(geometry: Geometry, offset: int, entries: int, entry_size: int, 
 
 def _check_layout(header: Header, purpose: Purpose) -> None:
     """The places and sizes of the tables that the header names."""
-    geometry = header.geometry
-    if geometry.subcluster_size < 1 << MIN_CLUSTER_BITS:
-        raise ImageError(f"Unsupported subcluster size: {geometry.subcluster_size}")
+    # Before any geometry: a width of 2^refcount_order bits is a number too long to compute with.
+    subcluster_bits = header.cluster_bits - (5 if header.extended_l2 else 0)
+    if subcluster_bits < MIN_CLUSTER_BITS:
+        raise ImageError(f"Unsupported subcluster size: {1 << subcluster_bits}")
     if header.refcount_order > 6:
         raise ImageError("Reference count entry width too large; may not exceed 64 bits")
+    geometry = header.geometry
     if header.refcount_table_clusters == 0 and purpose is not Purpose.CHECK:
         raise ImageError("Image does not contain a reference count table")
     check_table(geometry, header.refcount_table_offset, header.refcount_table_clusters, geometry.cluster_size,
