@@ -106,17 +106,27 @@ class Client:
         if not data:
             self.close()
             return
-        for event in self._handshake.receive(data):
-            if isinstance(event, Violation):
-                log.info("client %s: option negotiation failed: %s", self.peer, event.reason)
-                self._final = True
-            elif isinstance(event, Aborted):
-                self._final = True
-            else:
-                self._chosen = event
-        self._send()
+        self._negotiate(data)
 
-    def _send(self) -> None:
+    def _negotiate(self, data: bytes) -> None:
+        """Feed the handshake, send what it says, and again for as long as it is held up by its own output."""
+        more = True
+        while more:
+            for event in self._handshake.receive(data):
+                if isinstance(event, Violation):
+                    log.info("client %s: option negotiation failed: %s", self.peer, event.reason)
+                    self._final = True
+                elif isinstance(event, Aborted):
+                    self._final = True
+                else:
+                    self._chosen = event
+            data = b""
+            more = self._handshake.held_up
+            if not self._send():
+                return
+
+    def _send(self) -> bool:
+        """Send the output. False if that ended the negotiation, or if the client has to read first."""
         self._output += self._handshake.take_output()
         try:
             while self._output:
@@ -125,20 +135,24 @@ class Client:
             # Read no more before this is read.
             self._shared.loop.remove_reader(self._sock.fileno())
             self._shared.loop.add_writer(self._sock.fileno(), self._writable)
-            return
+            return False
         except OSError as error:
             log.debug("client %s: %s", self.peer, error)
             self.close()
-            return
+            return False
         if self._final:
             self.close()
-        elif self._chosen is not None:
+            return False
+        if self._chosen is not None:
             self._begin(self._chosen)
+            return False
+        return True
 
     def _writable(self) -> None:
         self._shared.loop.remove_writer(self._sock.fileno())
         self._shared.loop.add_reader(self._sock.fileno(), self._readable)
-        self._send()
+        if self._send():
+            self._negotiate(b"")
 
     def _begin(self, chosen: Chosen) -> None:
         """Hand the socket over to the transmission phase."""

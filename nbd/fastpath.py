@@ -15,6 +15,7 @@ only if its request was consumed; the replies never pass the end of their buffer
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from struct import Struct
 from typing import Final
@@ -32,8 +33,10 @@ from .constants import (
     CommandFlag,
     ReplyMode,
 )
-from .export import DATA, HOLE, MISS
+from .export import DATA, HOLE, MISS, Export
 from .handshake import Session
+
+log = logging.getLogger(__name__)
 
 MORE: Final = 0
 """The rest of the buffer is not a whole request."""
@@ -49,14 +52,19 @@ _ZEROES: Final = memoryview(bytes(BUFFER_SIZE))
 """Never written, so the kernel backs it with its one page of zeroes."""
 
 
+def _report(export: Export, error: Exception) -> None:
+    """An `OSError` is the export's right; anything else is a mistake in it, which must not go unseen."""
+    if not isinstance(error, OSError):
+        log.error("fast path of export '%s' raised", export.name, exc_info=error)
+
+
 def fast_loop(session: Session) -> Loop:
     """The loop for one connection.
 
     It takes requests from ``received[at:end]``, puts replies into ``replies`` from ``filled`` on, and starts no further
     request once its reply would pass ``limit``, against which written bytes count too; ``size`` is the export's size now. All
-    are bytes. The first reply in the buffer may pass ``limit`` up to the end of ``replies``; one that cannot fit there at all is
-    SLOW. An `OSError` of ``try_read`` or
-    ``try_write`` makes the request SLOW too: it fails there again, with a proper reply.
+    are bytes. The first reply in the buffer may pass ``limit`` up to the end of ``replies``; one that cannot fit there at all
+    is SLOW. Whatever ``try_read`` or ``try_write`` raises makes the request SLOW too: there it fails again, with a proper reply.
     """
     export, mode = session.export, session.mode
     extended, structured = mode == ReplyMode.EXTENDED, mode == ReplyMode.STRUCTURED
@@ -100,7 +108,8 @@ def fast_loop(session: Session) -> Loop:
                     return at, filled, SLOW
                 try:
                     outcome = try_read(offset, replies[start:stop])
-                except OSError:
+                except Exception as error:
+                    _report(export, error)
                     return at, filled, SLOW
                 if outcome == DATA:
                     if structured:
@@ -142,7 +151,8 @@ def fast_loop(session: Session) -> Loop:
                 try:
                     if try_write(offset, received[body:stop]) == MISS:
                         return at, filled, SLOW
-                except OSError:
+                except Exception as error:
+                    _report(export, error)
                     return at, filled, SLOW
                 if extended:
                     pack_none(replies, filled, none_head, cookie, offset, 0)

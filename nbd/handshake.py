@@ -11,8 +11,8 @@ What can be negotiated is a table, `OPTIONS`: a row is an option's number, its h
 option is a row and a function; STARTTLS is a row that refuses, and the one that will upgrade takes its place.
 
 Invariants: at most `MAX_OPTION_DATA` bytes of an option are ever held (longer data of a known or unknown option is
-counted and dropped); an option never leaves half a reply; the state that options set (reply mode, contexts) is only
-handed on with `Chosen`.
+counted and dropped), and little more than `_MAX_OUTPUT` bytes of replies; an option never leaves half a reply; the state
+that options set (reply mode, contexts) is only handed on with `Chosen`.
 
 Source: proto.md, "Fixed newstyle negotiation", "Option types", "Option reply types". Texts, and answers where the
 specification leaves a choice, are those of QEMU 10.0.2. Deliberate difference: surplus data behind a well-formed
@@ -57,6 +57,9 @@ from .messages import (
 
 MAX_OPTION_DATA: Final = 256 << 10
 """Bytes of one option's data that are kept: room for thousands of meta context queries."""
+
+_MAX_OUTPUT: Final = 256 << 10
+"""Bytes of output at which no further option is answered before these were taken."""
 
 _WILDCARDS: Final = ("base:", "qemu:", "qemu:dirty-bitmap:")
 _FIXED_IDS: Final = {BASE_ALLOCATION: 0, ALLOCATION_DEPTH: 1}
@@ -239,10 +242,15 @@ class ServerHandshake:
         self._output.clear()
         return output
 
+    @property
+    def held_up(self) -> bool:
+        """Whether so much output waits that options already received are not looked at: take it, then ``receive(b"")``."""
+        return len(self._output) >= _MAX_OUTPUT
+
     def receive(self, data: bytes | memoryview) -> list[Event]:
         """Go as far as ``data`` allows. Must not be called again after a final event."""
         self._pending += data
-        while self._step():
+        while not self.held_up and self._step():
             pass
         events, self._events = self._events, []
         return events

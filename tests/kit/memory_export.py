@@ -59,7 +59,7 @@ class MemoryExport:
     def size(self) -> int:
         return len(self.data)
 
-    def fill(self, offset: int, content: bytes) -> None:
+    def fill(self, offset: int, content: bytes | memoryview) -> None:
         """Write behind the server's back."""
         self.data[offset : offset + len(content)] = content
         self._allocate(offset, len(content), 1)

@@ -122,7 +122,7 @@ class RawClient:
     def option(self, data: bytes) -> list[tuple[int, int, bytes]]:
         """Send an option and take its replies up to the final one."""
         self.send(data)
-        found = []
+        found: list[tuple[int, int, bytes]] = []
         while not found or not (found[-1][1] == ACK or found[-1][1] >> 31):
             magic, number, kind, length = struct.unpack(">QIII", self.take(20))
             assert magic == 0x3E889045565A9

@@ -68,6 +68,9 @@ def play(data: bytes, exports: Directory | None = None) -> tuple[bytes, Event | 
         output = handshake.take_output()
         for index, piece in enumerate(pieces):
             events += handshake.receive(piece)
+            while handshake.held_up:
+                output += handshake.take_output()
+                events += handshake.receive(b"")
             output += handshake.take_output()
             if events:
                 rest = b"".join(pieces[index + 1 :])
@@ -178,6 +181,18 @@ def test_data_of_refused_options_is_not_kept() -> None:
     assert raw.option_replies(handshake.take_output()[18:]) == []
     handshake.receive(bytes(1 << 20))
     assert raw.option_replies(handshake.take_output())[0][1] == OptionReply.ERR_UNSUP
+
+
+def test_options_without_end_do_not_pile_up_replies() -> None:
+    handshake = ServerHandshake(Directory(MemoryExport(512, "x" * 4000)))
+    handshake.receive(FIXED + opt(raw.LIST) * 4000)
+    total = 0
+    while handshake.held_up:
+        output = handshake.take_output()
+        assert len(output) < (256 << 10) + 5000
+        total += len(output)
+        handshake.receive(b"")
+    assert total + len(handshake.take_output()) == 18 + 4000 * (20 + 4 + 4000 + 20)
 
 
 def test_known_option_with_too_much_data_is_refused_and_skipped() -> None:

@@ -379,6 +379,17 @@ def test_fast_loop_stops_at_misses_errors_read_only_and_odd_alignment() -> None:
     assert run_fast(over, write) == (b"", write, SLOW)
 
 
+def test_a_mistake_in_an_export_is_logged_and_costs_one_request(caplog: pytest.LogCaptureFixture) -> None:
+    def fail(offset: int, view: memoryview) -> int:
+        raise ZeroDivisionError
+
+    over = session()
+    over.export.try_read = fail
+    read = raw.request(raw.READ, 0, 512)
+    assert run_fast(over, read) == (b"", read, SLOW)
+    assert "ZeroDivisionError" in caplog.text
+
+
 def test_fast_loop_answers_long_batches_in_parts() -> None:
     over = session(ReplyMode.SIMPLE)
     loop, replies = fast_loop(over), memoryview(bytearray(BUFFER_SIZE))
