@@ -37,11 +37,15 @@ class Kind(enum.StrEnum):
 
 
 class _Counters:
-    """One kind's sums: operations and bytes that succeeded, operations that failed or were invalid, nanoseconds."""
+    """One kind's sums: operations and bytes that succeeded, operations that failed or were invalid, nanoseconds.
 
-    __slots__ = ("bytes", "failed", "invalid", "operations", "total_ns")
+    ``fast`` tells what was served by the fast path, which keeps its own sums.
+    """
+
+    __slots__ = ("bytes", "failed", "fast", "invalid", "operations", "total_ns")
 
     def __init__(self) -> None:
+        self.fast: list[Callable[[], tuple[int, int, int]]] = []
         self.operations = 0
         self.bytes = 0
         self.failed = 0
@@ -130,12 +134,17 @@ class Accounting:
 
     def counted_read(self, fast: FastPath) -> FastPath:
         """``fast``, counting what it serves as reads. Hot."""
-        return _counted(fast, self._counters[Kind.READ])
+        return self._count(fast, Kind.READ)
 
     def counted_write(self, fast: FastPath) -> FastPath:
         """``fast``, counting what it serves as writes; its OSError becomes MISS, so that the slow path fails in its
         place and asks the error policy. Hot."""
-        return _counted(fast, self._counters[Kind.WRITE])
+        return self._count(fast, Kind.WRITE)
+
+    def _count(self, fast: FastPath, kind: Kind) -> FastPath:
+        counted, sums = _counted(fast)
+        self._counters[kind].fast.append(sums)
+        return counted
 
     def stats(self, wr_highest_offset: int = 0) -> BlockDeviceStats:
         """The sums in QEMU's shape. ``wr_highest_offset``: the node's, bytes."""
@@ -145,34 +154,40 @@ class Accounting:
             "wr_highest_offset": wr_highest_offset,
         }
         for kind, counters in self._counters.items():
-            values[f"{kind}_operations"] = counters.operations
-            values[f"{kind}_total_time_ns"] = counters.total_ns
+            fast = [sums() for sums in counters.fast]
+            values[f"{kind}_operations"] = counters.operations + sum(sums[0] for sums in fast)
+            values[f"{kind}_total_time_ns"] = counters.total_ns + sum(sums[2] for sums in fast)
             values[f"failed_{kind}_operations"] = counters.failed
             values[f"invalid_{kind}_operations"] = counters.invalid
             if kind is not Kind.FLUSH:
-                values[f"{kind}_bytes"] = counters.bytes
+                values[f"{kind}_bytes"] = counters.bytes + sum(sums[1] for sums in fast)
         if self._used_ns:
             values["idle_time_ns"] = _now() - self._used_ns
         return BlockDeviceStats(**values)
 
 
-def _counted(fast: FastPath, counters: _Counters) -> FastPath:
+def _counted(fast: FastPath) -> tuple[FastPath, Callable[[], tuple[int, int, int]]]:
+    """``fast`` with its own sums, and a function that tells them: operations, bytes, nanoseconds."""
+    # Cells of a closure rather than attributes: that is a quarter of what counting costs.
+    operations = bytes_ = nanoseconds = 0
+    others: Final = SAMPLE - 1
+
     def counted(offset: int, view: memoryview) -> int:
-        # Counted when it is tried and taken back when declined: that keeps the common way short.
-        counters.operations += 1
+        nonlocal operations, bytes_, nanoseconds
         try:
-            if counters.operations & (SAMPLE - 1):
+            # Counted when it is tried and taken back when declined: that keeps the common way short.
+            if (operations := operations + 1) & others:
                 outcome = fast(offset, view)
             else:
                 started = _now()
                 outcome = fast(offset, view)
-                counters.total_ns += (_now() - started) * SAMPLE
+                nanoseconds += (_now() - started) * SAMPLE
         except OSError:
             outcome = MISS
-        if outcome == MISS:
-            counters.operations -= 1
-            return MISS
-        counters.bytes += len(view)
-        return outcome
+        if outcome:
+            bytes_ += len(view)
+            return outcome
+        operations -= 1
+        return MISS
 
-    return counted
+    return counted, lambda: (operations, bytes_, nanoseconds)
