@@ -7,8 +7,9 @@ type, and the daemon provides it.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
+
+import msgspec
 
 if TYPE_CHECKING:
     from livedisk.emulator.block.graph import Graph
@@ -64,8 +65,7 @@ class Daemon(Protocol):
         (``host-qmp-quit``)."""
 
 
-@dataclass(frozen=True, slots=True)
-class Context:
+class Context(msgspec.Struct, frozen=True):
     """One command's surroundings."""
 
     daemon: Daemon

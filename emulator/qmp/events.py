@@ -18,7 +18,6 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import msgspec
@@ -26,8 +25,7 @@ import msgspec
 S = TypeVar("S", bound=type[msgspec.Struct])
 
 
-@dataclass(frozen=True, slots=True)
-class EventKind:
+class EventKind(msgspec.Struct, frozen=True):
     """An event's name, its data, and its limit."""
 
     name: str
@@ -57,8 +55,7 @@ def event(name: str, *, rate: float = 0.0, key: str | None = None, features: tup
     return register
 
 
-@dataclass(slots=True)
-class _Throttle:
+class _Throttle(msgspec.Struct):
     """A limit in force: the timer that ends it, and the event that waits for that."""
 
     timer: asyncio.TimerHandle

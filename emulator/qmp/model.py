@@ -19,10 +19,10 @@ from __future__ import annotations
 
 import enum
 import inspect
+import sys
 import types
 import typing
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal, TypeAlias
 
@@ -31,42 +31,36 @@ import msgspec
 from livedisk.emulator.qmp.qapi import ALTERNATES, INTEGERS, UNIONS, IntegerKind
 
 
-@dataclass(frozen=True, slots=True)
-class Scalar:
+class Scalar(msgspec.Struct, frozen=True):
     """``json`` is the JSON type's name in introspection; for ``any`` it is "value"."""
 
     name: str
     json: str
 
 
-@dataclass(frozen=True, slots=True)
-class Integer:
+class Integer(msgspec.Struct, frozen=True):
     kind: IntegerKind
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Enum:
+class Enum(msgspec.Struct, frozen=True, eq=False):
     """``values`` maps the string on the wire to the Python value that a Struct holds."""
 
     values: Mapping[str, Any]
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Array:
+class Array(msgspec.Struct, frozen=True, eq=False):
     element: Type
     build: type[list[Any]] | type[tuple[Any, ...]] = list
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Alternate:
+class Alternate(msgspec.Struct, frozen=True, eq=False):
     """``branches`` by JSON type: "string", "object", "array", "number", "boolean", "null"."""
 
     name: str
     branches: Mapping[str, Type]
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Member:
+class Member(msgspec.Struct, frozen=True, eq=False):
     """A member of an object: ``name`` on the wire, ``attribute`` in Python."""
 
     name: str
@@ -80,14 +74,12 @@ class Member:
         return describe(self.annotation, optional=self.optional)
 
 
-@dataclass(eq=False)
-class Object:
+class Object(msgspec.Struct, eq=False, dict=True):
     """A Struct, or (with ``union``) a base class and its variants."""
 
     cls: type[msgspec.Struct]
     union: tuple[str, Any] | None = None
     """Wire name of the discriminating member, and a callable that gives the variants' classes by tag value."""
-    tag_value: str | None = field(default=None)
 
     @cached_property
     def members(self) -> tuple[Member, ...]:
@@ -96,7 +88,7 @@ class Object:
         # msgspec puts a base's keyword-only fields last.
         lineage = reversed(self.cls.__mro__)
         names = dict.fromkeys(name for cls in lineage for name in inspect.get_annotations(cls) if name in infos)
-        return tuple(_member(infos[name]) for name in names)
+        return tuple(_member(self.cls, infos[name]) for name in names)
 
     @property
     def tag(self) -> str | None:
@@ -261,10 +253,15 @@ def _alternate(name: str, branches: Iterable[Any]) -> Alternate:
     return Alternate(name, by_json)
 
 
-def _member(info: msgspec.structs.FieldInfo) -> Member:
+def _member(cls: type[msgspec.Struct], info: msgspec.structs.FieldInfo) -> Member:
     features: tuple[str, ...] = ()
-    for annotation in (info.type, *typing.get_args(info.type)):
+    kind = info.type
+    if isinstance(kind, types.MemberDescriptorType):
+        # A member named as its own type ("str: str"): inside the class the name means the member.
+        owner = next(base for base in cls.__mro__ if info.name in inspect.get_annotations(base))
+        kind = eval(inspect.get_annotations(owner)[info.name], vars(sys.modules[owner.__module__]))
+    for annotation in (kind, *typing.get_args(kind)):
         if typing.get_origin(annotation) is typing.Annotated:
             for extra in _extras(typing.get_args(annotation)[1:]):
                 features += tuple(extra.get("features", ()))
-    return Member(info.encode_name, info.name, info.type, not info.required, features)
+    return Member(info.encode_name, info.name, kind, not info.required, features)

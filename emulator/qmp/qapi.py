@@ -26,7 +26,6 @@ Source: QEMU ``docs/devel/qapi-code-gen.rst``, "Schema syntax"; the integers fro
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import Annotated, Any, Final
 
 import msgspec
@@ -41,8 +40,7 @@ class QapiStruct(msgspec.Struct, rename="kebab", kw_only=True, omit_defaults=Tru
     """
 
 
-@dataclass(frozen=True, slots=True)
-class IntegerKind:
+class IntegerKind(msgspec.Struct, frozen=True):
     """An integer of QAPI: its name, its range, and the word an out-of-range message uses for it."""
 
     name: str
@@ -86,8 +84,7 @@ ALTERNATES: dict[str, tuple[Any, ...]] = {}
 """Branches of the alternates that are declared away from the annotation that names them."""
 
 
-@dataclass(frozen=True, slots=True)
-class OpenUnion:
+class OpenUnion(msgspec.Struct, frozen=True):
     """A union over a base class: the member that discriminates, and the variants as they are at the time of
     asking."""
 

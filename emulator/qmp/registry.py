@@ -22,7 +22,6 @@ import os
 import sys
 import typing
 from collections.abc import Awaitable, Callable, Iterable, Iterator
-from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, TypeVar
 
@@ -44,8 +43,7 @@ class NoArguments(QapiStruct):
     """What a command takes that takes nothing."""
 
 
-@dataclass(eq=False)
-class Command:
+class Command(msgspec.Struct, eq=False, dict=True):
     """One command: its coroutine and what a monitor must know before calling it."""
 
     name: str

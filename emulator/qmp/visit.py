@@ -25,7 +25,6 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import Any, Final, TypeVar
 
 import msgspec
@@ -38,8 +37,7 @@ T = TypeVar("T")
 _MISSING: Final = object()
 
 
-@dataclass(frozen=True, slots=True)
-class Place:
+class Place(msgspec.Struct, frozen=True):
     """Where the walk stands: a chain of names and list positions up to the root."""
 
     parent: Place | None = None
@@ -59,8 +57,7 @@ class Place:
         return self.name if self.name is not None else "null"
 
 
-@dataclass(frozen=True, slots=True)
-class Syntax:
+class Syntax(msgspec.Struct, frozen=True):
     """How leaves are written. Readers take ``(walk, value, place)`` and raise ParameterError."""
 
     element_format: str

@@ -409,3 +409,14 @@ def test_anything_is_taken_or_refused_by_name(value: Any, kind: Any, syntax: Syn
 def test_types_that_qapi_has_no_word_for_are_refused(annotation: Any) -> None:
     with pytest.raises(TypeError):
         describe(annotation)
+
+
+class Descriptor(QapiStruct):
+    """As QEMU's FdSocketAddress: the member has its type's name."""
+
+    str: str
+
+
+def test_a_member_named_as_its_type() -> None:
+    assert visit(Descriptor, {"str": "7"}, JSON) == Descriptor(str="7")
+    refuses(Descriptor, {"str": 7}, JSON, "Invalid parameter type for 'str', expected: string")
