@@ -30,7 +30,6 @@ from livedisk.emulator.drivers.qcow2.header import Header, Purpose, read_header
 from livedisk.emulator.drivers.qcow2.image import Image
 from livedisk.emulator.drivers.qcow2.options import Qcow2Options
 from livedisk.emulator.drivers.qcow2.repair import repair_dirty
-from livedisk.emulator.drivers.qcow2.repair import repair_dirty
 from livedisk.emulator.drivers.qcow2.resize import resize
 from livedisk.emulator.errors import BlockError, ImageError
 

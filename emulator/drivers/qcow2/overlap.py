@@ -98,20 +98,19 @@ class OverlapGuard:
             del known[at]
 
     def hit(self, offset: int, length: int, but: int = 0) -> str | None:
-        """The name of a checked section that a write to the range would touch, leaving out ``but``; or None."""
+        """The name of a checked section whose clusters a write to the range would touch, leaving out ``but``; or None."""
         checked = self._checked & ~int(but)
-        end = offset + length
+        mask = self._cluster_size - 1
+        end = (offset + length + mask) & ~mask
+        offset &= ~mask
         if offset < self._cluster_size and checked & 1:
             return _NAMES[Section.MAIN_HEADER]
         for section, start, stop in self._ranges:
             if start < end and offset < stop and checked & section:
                 return _NAMES[Section(section)]
-        first = offset - self._cluster_size + 1
-        if first < 0:
-            first = 0
         for section, known in self._clusters.items():
             if known and checked & section:
-                at = bisect_left(known, first)
+                at = bisect_left(known, offset)
                 if at < len(known) and known[at] < end:
                     return _NAMES[Section(section)]
         return None

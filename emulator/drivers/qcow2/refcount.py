@@ -22,7 +22,7 @@ from livedisk.emulator.drivers.qcow2.geometry import (
     table_to_bytes,
 )
 from livedisk.emulator.drivers.qcow2.overlap import Section
-from livedisk.emulator.drivers.qcow2.storage import Damage, Storage
+from livedisk.emulator.drivers.qcow2.storage import Damage, Storage, c_hex
 
 
 class Refcounts:
@@ -71,7 +71,7 @@ class Refcounts:
                 return known
             if offset % self.cluster_size:
                 raise await self.storage.corrupt(
-                    Damage(f"Refblock offset {offset:#x} unaligned (reftable index: {index:#x})")
+                    Damage(f"Refblock offset {c_hex(offset)} unaligned (reftable index: {c_hex(index)})")
                 )
             await self._load(offset)
         return None
@@ -119,7 +119,7 @@ class Refcounts:
     def change(self, block: Table[bytearray], cluster: int, value: int) -> None:
         """Set one cluster's refcount. Raises EINVAL where the entries are too narrow for it."""
         if not 0 <= value <= self.fields.limit:
-            raise OSError(errno.EINVAL, f"{os.strerror(errno.EINVAL)}: refcount {value} of cluster {cluster:#x}")
+            raise OSError(errno.EINVAL, f"{os.strerror(errno.EINVAL)}: refcount {value} of cluster {c_hex(cluster)}")
         index = cluster % self.per_block
         self.fields.set(block.data, index, value)
         self.blocks.mark(block, *self.fields.dirty_bytes(index, 1))

@@ -23,6 +23,11 @@ from livedisk.emulator.drivers.qcow2.points import Point
 log = logging.getLogger(__name__)
 
 
+def c_hex(number: int) -> str:
+    """A number as C's ``%#x`` prints it, for messages that are QEMU's word by word: 0 has no prefix."""
+    return f"{number:#x}" if number else "0"
+
+
 class Damage(Exception):
     """A table entry cannot be right. ``offset`` and ``size`` (bytes in the file) say what would have been overwritten, or are
     None; ``fatal`` damage stops the image."""

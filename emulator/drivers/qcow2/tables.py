@@ -20,7 +20,7 @@ from livedisk.emulator.drivers.qcow2.alloc import Allocator
 from livedisk.emulator.drivers.qcow2.cache import Table, TableCache
 from livedisk.emulator.drivers.qcow2.geometry import COMPRESSED, COPIED, OFFSET_MASK, ZERO, Geometry, table_from_bytes
 from livedisk.emulator.drivers.qcow2.overlap import Section
-from livedisk.emulator.drivers.qcow2.storage import Damage, Storage
+from livedisk.emulator.drivers.qcow2.storage import Damage, Storage, c_hex
 
 _CHUNK: Final = 64
 _PLAIN_FLAGS: Final = COMPRESSED | ZERO
@@ -245,10 +245,10 @@ class Tables:
         l1_index = offset >> self.l1_shift
         table_offset = self.l1[l1_index] & OFFSET_MASK
         if table_offset & (self.cluster_size - 1):
-            return Damage(f"L2 table offset {table_offset:#x} unaligned (L1 index: {l1_index:#x})")
+            return Damage(f"L2 table offset {c_hex(table_offset)} unaligned (L1 index: {c_hex(l1_index)})")
         found = self.cached(offset)
         index = offset >> self.cluster_bits & (self.table_entries - 1)
-        where = f"(L2 offset: {table_offset:#x}, L2 index: {index:#x})"
+        where = f"(L2 offset: {c_hex(table_offset)}, L2 index: {c_hex(index)})"
         if found is None:
             return Damage(f"Invalid cluster entry found {where}")
         entry = found[0].data[found[1] * self.words]
@@ -259,7 +259,7 @@ class Tables:
             return Damage(f"Zero cluster entry found in pre-v3 image {where}")
         if host & (self.cluster_size - 1):
             kind = "Preallocated zero cluster" if entry & ZERO and not self.extended else "Cluster allocation"
-            return Damage(f"{kind} offset {host:#x} unaligned {where}")
+            return Damage(f"{kind} offset {c_hex(host)} unaligned {where}")
         return Damage(f"Invalid cluster entry found {where}")
 
     def misplaced(self, run: Run, offset: int) -> Damage | None:
@@ -268,8 +268,8 @@ class Tables:
             return None
         mask = self.cluster_size - 1
         return Damage(
-            f"External data file host cluster offset {run.host & ~mask:#x} does not match guest cluster offset: "
-            f"{offset & ~mask:#x}, L2 index: {offset >> self.cluster_bits & (self.table_entries - 1):#x}"
+            f"External data file host cluster offset {c_hex(run.host & ~mask)} does not match guest cluster offset: "
+            f"{c_hex(offset & ~mask)}, L2 index: {c_hex(offset >> self.cluster_bits & (self.table_entries - 1))}"
         )
 
     def owned(self, offset: int) -> tuple[Table[array[int]], int] | None:
