@@ -8,7 +8,7 @@ query-yank, yank. Source: QEMU ``qapi/control.json``, ``qapi/misc.json``, ``qapi
 from __future__ import annotations
 
 import enum
-from typing import Any
+from typing import cast
 
 from livedisk.emulator.errors import LiveDiskError
 from livedisk.emulator.qmp import yank
@@ -17,7 +17,7 @@ from livedisk.emulator.qmp.events import event, known_events
 from livedisk.emulator.qmp.monitor import Capability
 from livedisk.emulator.qmp.qapi import QapiStruct
 from livedisk.emulator.qmp.registry import command, registry
-from livedisk.emulator.qmp.schema import schema
+from livedisk.emulator.qmp.schema import SchemaInfo, schema
 from livedisk.emulator.qmp.version import VersionInfo, version_info
 
 
@@ -49,8 +49,8 @@ async def query_commands(ctx: Context) -> list[CommandInfo]:
 
 
 @command("query-qmp-schema", allow_preconfig=True)
-async def query_qmp_schema(ctx: Context) -> list[Any]:
-    return schema(registry, known_events())
+async def query_qmp_schema(ctx: Context) -> list[SchemaInfo]:
+    return cast(list[SchemaInfo], schema(registry, known_events()))
 
 
 class NameInfo(QapiStruct):

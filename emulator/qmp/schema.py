@@ -8,10 +8,11 @@ look up a command or event and walk down from there.
 
 from __future__ import annotations
 
+import enum
 import itertools
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import Annotated, Any, TypeAlias
 
 import msgspec
 
@@ -29,9 +30,89 @@ from livedisk.emulator.qmp.model import (
     describe,
     plain_object,
 )
+from livedisk.emulator.qmp.qapi import UNSET, Meta, QapiStruct, UnsetType
 from livedisk.emulator.qmp.registry import Command, NoArguments
 
 Entry = dict[str, Any]
+
+
+class SchemaInfoBase(QapiStruct, tag_field="meta-type"):
+    """An entry of the schema. These classes type the answer for introspection itself; entries are made as plain JSON."""
+
+    name: str
+    features: list[str] | UnsetType = UNSET
+
+
+class EnumMember(QapiStruct):
+    name: str
+    features: list[str] | UnsetType = UNSET
+
+
+class ObjectMember(QapiStruct):
+    """``default`` is null for an optional member, absent for one that is not."""
+
+    name: str
+    type: str
+    default: Any = UNSET
+    features: list[str] | UnsetType = UNSET
+
+
+class ObjectVariant(QapiStruct):
+    case: str
+    type: str
+
+
+class AlternateMember(QapiStruct):
+    type: str
+
+
+class JsonType(enum.StrEnum):
+    """JSONType; ``int`` is a number without fraction, ``value`` anything."""
+
+    STRING = "string"
+    NUMBER = "number"
+    INT = "int"
+    BOOLEAN = "boolean"
+    NULL = "null"
+    OBJECT = "object"
+    ARRAY = "array"
+    VALUE = "value"
+
+
+class BuiltinInfo(SchemaInfoBase, tag="builtin", kw_only=True):
+    json_type: JsonType
+
+
+class EnumInfo(SchemaInfoBase, tag="enum", kw_only=True):
+    members: list[EnumMember]
+    values: Annotated[list[str], Meta(extra={"features": ("deprecated",)})]
+
+
+class ArrayInfo(SchemaInfoBase, tag="array", kw_only=True):
+    element_type: str
+
+
+class ObjectInfo(SchemaInfoBase, tag="object", kw_only=True):
+    members: list[ObjectMember]
+    tag: str | UnsetType = UNSET
+    variants: list[ObjectVariant] | UnsetType = UNSET
+
+
+class AlternateInfo(SchemaInfoBase, tag="alternate", kw_only=True):
+    members: list[AlternateMember]
+
+
+class CommandEntry(SchemaInfoBase, tag="command", kw_only=True):
+    arg_type: str
+    ret_type: str
+    allow_oob: bool | UnsetType = UNSET
+
+
+class EventEntry(SchemaInfoBase, tag="event", kw_only=True):
+    arg_type: str
+
+
+SchemaInfo: TypeAlias = BuiltinInfo | EnumInfo | ArrayInfo | ObjectInfo | AlternateInfo | CommandEntry | EventEntry
 
 
 def schema(commands: Iterable[Command], events: Iterable[EventKind]) -> list[Entry]:

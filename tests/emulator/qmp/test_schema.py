@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import subprocess
 from typing import Any
@@ -29,6 +30,7 @@ OWN = [
     "human-monitor-command",
     "query-yank",
     "yank",
+    "query-qmp-schema",
 ]
 
 
@@ -155,3 +157,53 @@ def test_unions_arrays_and_features() -> None:
     assert arguments["members"][1]["type"] == ["int"]
     # The list of nodes and the list of ints are types by those names.
     assert find(entries, "[int]")["element-type"] == "int"
+
+
+# -- all commands -------------------------------------------------------------------------------------------------------
+
+OURS_ALONE = {
+    # QEMU's is a union by format; ours takes the key only to say that encryption is missing.
+    ("blockdev-add", "<qcow2>.encrypt"),
+    ("blockdev-reopen", ".options[]<qcow2>.encrypt"),
+}
+
+
+def surplus(mine: Any, other: Any, path: str) -> list[str]:
+    """Arguments of ours that QEMU does not know, or whose being optional differs."""
+    if isinstance(mine, list) and isinstance(other, list) and len(mine) == len(other) == 1:
+        return surplus(mine[0], other[0], f"{path}[]")
+    if not (isinstance(mine, dict) and isinstance(other, dict)):
+        return []
+    theirs = {member["name"]: member for member in other["members"] if "name" in member}
+    found: list[str] = []
+    for member in mine["members"]:
+        if "name" not in member:
+            continue
+        where = f"{path}.{member['name']}"
+        if member["name"] not in theirs or ("default" in member) != ("default" in theirs[member["name"]]):
+            found.append(where)
+        else:
+            found += surplus(member["type"], theirs[member["name"]]["type"], where)
+    for case, variant in mine["variants"].items():
+        where = f"{path}<{case}>"
+        found += surplus(variant, other["variants"][case], where) if case in other["variants"] else [where]
+    return found
+
+
+def test_arguments_of_all_commands_are_qemus(theirs: list[Entry]) -> None:
+    # The composition root imports all that register commands and drivers.
+    importlib.import_module("livedisk.emulator.daemon")
+    entries: list[Entry] = json.loads(json.dumps(schema(registry, known_events())))
+    known = {entry["name"]: entry for entry in theirs if entry["meta-type"] in ("command", "event")}
+    found = []
+    for entry in entries:
+        if entry["meta-type"] not in ("command", "event"):
+            continue
+        if entry["name"] not in known:
+            found.append((entry["name"], "no such command or event"))
+            continue
+        mine, other = resolved(entries, entry["arg-type"]), resolved(theirs, known[entry["name"]]["arg-type"])
+        found += [(entry["name"], path) for path in surplus(mine, other, "")]
+    assert [
+        item for item in found if not any(item[0] == name and item[1].startswith(at) for name, at in OURS_ALONE)
+    ] == []
