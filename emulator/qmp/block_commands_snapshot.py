@@ -65,7 +65,7 @@ async def blockdev_snapshot_sync(ctx: Context, args: BlockdevSnapshotSync) -> No
     await run_single(ctx, "blockdev-snapshot-sync", args)
 
 
-@command("blockdev-snapshot", allow_preconfig=True)
+@command("blockdev-snapshot", allow_preconfig=True, features=("allow-write-only-overlay",))
 async def blockdev_snapshot(ctx: Context, args: BlockdevSnapshot) -> None:
     """Put an open node on another."""
     await run_single(ctx, "blockdev-snapshot", args)

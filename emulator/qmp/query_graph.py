@@ -88,7 +88,7 @@ def _listed(perm: Perm) -> list[BlockPermission]:
     return [BlockPermission[bit.name] for bit in reversed(Perm) if bit.name and perm & bit]
 
 
-@command("x-debug-query-block-graph", allow_preconfig=True)
+@command("x-debug-query-block-graph", allow_preconfig=True, features=("unstable",))
 async def x_debug_query_block_graph(ctx: Context) -> XDbgBlockGraph:
     """The graph as it stands."""
     drawing = _Drawing()

@@ -207,3 +207,13 @@ def test_arguments_of_all_commands_are_qemus(theirs: list[Entry]) -> None:
     assert [
         item for item in found if not any(item[0] == name and item[1].startswith(at) for name, at in OURS_ALONE)
     ] == []
+
+
+def test_features_of_commands_are_qemus(theirs: list[Entry]) -> None:
+    importlib.import_module("livedisk.emulator.daemon")
+    entries = schema(registry, known_events())
+    known = {entry["name"]: entry.get("features", []) for entry in theirs if entry["meta-type"] == "command"}
+    # savevm, which the feature is about, is not ours.
+    known["human-monitor-command"] = []
+    mine = {entry["name"]: entry.get("features", []) for entry in entries if entry["meta-type"] == "command"}
+    assert {name: known[name] for name in mine if name in known} == mine
