@@ -29,7 +29,6 @@ from livedisk.emulator.drivers.qcow2 import options as opts
 from livedisk.emulator.drivers.qcow2.header import Header, Purpose, read_header
 from livedisk.emulator.drivers.qcow2.image import Image
 from livedisk.emulator.drivers.qcow2.options import Qcow2Options
-from livedisk.emulator.drivers.qcow2.repair import repair_dirty
 from livedisk.emulator.drivers.qcow2.resize import resize
 from livedisk.emulator.errors import BlockError, ImageError
 
@@ -68,9 +67,6 @@ class Qcow2(Driver):
         if header.dirty and not self.node.read_only:
             log.warning("qcow2: node '%s' was not closed; repairing its image", self.node.name)
             await repair_dirty(edge.node, log.info)
-            header = await read_header(edge.node, self._purpose())
-        if header.dirty and not self.node.read_only:
-            await repair_dirty(edge.node, log.warning)
             header = await read_header(edge.node, self._purpose())
         if self.options.encrypt is not msgspec.UNSET:
             raise BlockError(
