@@ -507,10 +507,10 @@ class Check:
             raw = await self.refcounts.raw(index)
             padded = counted if number == entries else [*counted, *bytes(entries - number)]
             if pack(padded, geometry.refcount_bits) == raw:
-                highest = max(highest, first + last_nonzero(counted))
+                highest = max(highest, last_nonzero(first, counted))
                 continue
             stored = unpack(raw, geometry.refcount_bits)[:number]
-            highest = max(highest, first + last_nonzero(counted), first + last_nonzero(stored))
+            highest = max(highest, last_nonzero(first, counted), last_nonzero(first, stored))
             differing[index] = [
                 (first + at, have, want)
                 for at, (have, want) in enumerate(zip(stored, counted, strict=True))
@@ -581,11 +581,12 @@ class Check:
         return await self.refcounts.get((entry & OFFSET_MASK) >> self.geometry.cluster_bits)
 
 
-def last_nonzero(values: Values) -> int:
-    """The last index with a value other than 0; 0 if there is none."""
+def last_nonzero(first: int, values: Values) -> int:
+    """The index of the last value other than 0, where the first value's index is ``first``; 0 if all are 0."""
     if isinstance(values, array):
-        return next((at for at in range(len(values) - 1, -1, -1) if values[at]), 0)
-    return max(len(values.rstrip(b"\0")) - 1, 0)
+        return next((first + at for at in range(len(values) - 1, -1, -1) if values[at]), 0)
+    used = len(values.rstrip(b"\0"))
+    return first + used - 1 if used else 0
 
 
 # -- the snapshot table ------------------------------------------------------------------------------------------------

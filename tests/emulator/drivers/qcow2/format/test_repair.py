@@ -294,7 +294,8 @@ def _replay(raw: bytearray, events: list[tuple[int, bytes] | None], dice: random
             out.extend(bytes(offset + len(data) - len(out)))
         for start in range(0, len(data), 512):
             if at < last_flush or dice.random() < 0.5:
-                out[offset + start : offset + start + 512] = data[start : start + 512]
+                sector = data[start : start + 512]
+                out[offset + start : offset + start + len(sector)] = sector
     return bytes(out)
 
 
