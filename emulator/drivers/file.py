@@ -30,7 +30,7 @@ import errno
 import os
 import stat
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Annotated, Any, Final
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Final
 
 import msgspec
 
@@ -61,7 +61,9 @@ class AioMode(enum.StrEnum):
 
 
 class FileOptions(BlockdevOptions):
-    """What `file` and `host_device` take."""
+    """What `file` and `host_device` take. libvirt looks for the feature before it relies on auto-read-only."""
+
+    __qapi_features__: ClassVar[tuple[str, ...]] = ("dynamic-auto-read-only",)
 
     filename: str
     """Path."""

@@ -217,3 +217,12 @@ def test_features_of_commands_are_qemus(theirs: list[Entry]) -> None:
     known["human-monitor-command"] = []
     mine = {entry["name"]: entry.get("features", []) for entry in entries if entry["meta-type"] == "command"}
     assert {name: known[name] for name in mine if name in known} == mine
+
+
+def test_the_file_driver_tells_its_feature() -> None:
+    importlib.import_module("livedisk.emulator.daemon")
+    entries = schema(registry, known_events())
+    union = find(entries, find(entries, "blockdev-add")["arg-type"])
+    for case in ("file", "host_device"):
+        variant = next(variant["type"] for variant in union["variants"] if variant["case"] == case)
+        assert find(entries, variant)["features"] == ["dynamic-auto-read-only"]
