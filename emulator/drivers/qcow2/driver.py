@@ -65,6 +65,9 @@ class Qcow2(Driver):
         edge = await self.node.graph.open_child(self.node, self.options.file, "file", Role.IMAGE)
         header = await read_header(edge.node, self._purpose())
         if header.dirty and not self.node.read_only:
+            # Imported here: few images need it, and start-up counts.
+            from livedisk.emulator.drivers.qcow2.repair import repair_dirty
+
             log.warning("qcow2: node '%s' was not closed; repairing its image", self.node.name)
             await repair_dirty(edge.node, log.info)
             header = await read_header(edge.node, self._purpose())
