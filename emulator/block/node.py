@@ -213,8 +213,11 @@ class Node:
         return bool(self._in_flight)
 
     def requests_in_flight(self) -> frozenset[object]:
-        """The requests in flight now: storage that one of them may still use must outlive it."""
-        return frozenset(self._in_flight)
+        """The requests in flight that may still use storage which another request gives up: it must outlive them.
+
+        Serialising requests are left out: they only use storage of their own range, which nobody else changes meanwhile.
+        """
+        return frozenset(request for request in self._in_flight if not request.serialising)
 
     async def _begin(self, offset: int, length: int) -> _InFlight:
         """Track a request that may overlap others, and wait for the serialising ones before it. `_end` it whatever
@@ -406,7 +409,8 @@ class Node:
         finally:
             self._end(request)
         if self.size > old:
-            self.written(old, self.size - old)
+            for tracker in self.trackers:
+                tracker.mark(old, self.size - old)
             self._grown(old, self.size - old)
         else:
             self.mapping_changed()

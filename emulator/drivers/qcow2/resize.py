@@ -86,7 +86,7 @@ async def _grow_l1(image: Image, needed: int) -> None:
 async def _zero_new_part(image: Image, old: int, size: int) -> None:
     """Make what the new range would otherwise show read as zeroes: the rest of the old last cluster, and the backing file."""
     granule = image.geometry.subcluster_size
-    edge = min(-(-old // granule) * granule, size)
+    edge = min(image.geometry.round_up(old), size)
     at = old
     while at < edge:
         length = min(edge - at, len(_ZEROES))
@@ -94,7 +94,7 @@ async def _zero_new_part(image: Image, old: int, size: int) -> None:
             await image.writer.write(at, _ZEROES[:length])
         at += length
     backing = image.node.backing
-    if backing is not None and backing.node.size > edge:
+    if backing is not None and size > edge and backing.node.size > edge:
         end = min(-(-backing.node.size // granule) * granule, -(-size // granule) * granule)
         if end > edge:
             await _zero_over_backing(image, edge, end)
