@@ -219,7 +219,8 @@ def test_an_error_of_the_file_leaks_at_most_and_later_requests_work(options: str
                             await disk.backend.flush()
                         break
                     except OSError as error:
-                        assert error.errno == errno.EIO
+                        if error.errno != errno.EIO:
+                            raise
                     # A write that failed may have reached a part of its range: only the rest of the disk is known.
                     known = [(0, at), (at + len(data), 2 * MIB)]
                     for low, high in known:
@@ -268,6 +269,7 @@ def test_inactivate_lets_qemu_in_and_activate_reads_what_it_did(tmp_path: Path) 
             with pytest.raises(PermissionError):
                 await disk.backend.write(0, memoryview(b"late" * 128))
             run(["qemu-io", "-f", "qcow2", "-c", "write -P 84 512 512", path])
+            await disk.node.file.node.driver.activate()  # as whoever activates a chain does: children first
             await disk.driver.activate()
             return await disk.read(0, 1024)
 
