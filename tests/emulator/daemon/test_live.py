@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from collections.abc import Iterator
@@ -12,7 +13,7 @@ from typing import Any
 import pytest
 
 from kit.livedisk import Daemon
-from kit.qemu import assert_same, check, create, info, qemu_img, qemu_io, read_all
+from kit.qemu import assert_same, check, create, info, measure_map, qemu_img, qemu_io, read_all
 from kit.qmp import Qmp, QmpError
 from kit.writer import Writer, now
 
@@ -55,6 +56,11 @@ def setup(short_path: Path) -> Iterator[Setup]:
     with Daemon(short_path, *options) as daemon, daemon.qmp() as qmp:
         yield Setup(short_path, daemon, qmp)
         daemon.stop(expect=0)
+
+
+def open_files(pid: int) -> list[str]:
+    """What the process has open."""
+    return [os.readlink(entry) for entry in Path(f"/proc/{pid}/fd").iterdir() if entry.is_symlink()]
 
 
 def action(kind: str, **data: Any) -> dict[str, Any]:
@@ -101,6 +107,8 @@ def test_a_transaction_that_fails_leaves_no_trace_under_load(setup: Setup, tmp_p
                 setup.qmp.execute("transaction", actions=actions)
         assert setup.nodes() == nodes
         assert setup.qmp.execute("x-debug-query-block-graph") == graph
+        images = {Path(name).name for name in open_files(setup.daemon.pid) if name.endswith(".qcow2")}
+        assert images == {"A.qcow2"}
         history = writer.finish()
     setup.daemon.stop(expect=0)
     check(setup.path("A"))
@@ -284,3 +292,43 @@ def test_a_write_beyond_the_threshold_is_told_once(setup: Setup, watched: str) -
     assert setup.nodes()[name]["write_threshold"] == 0
     with pytest.raises(TimeoutError):
         setup.qmp.wait_event("BLOCK_WRITE_THRESHOLD", timeout=0.2)
+
+
+def test_a_device_can_be_named_where_qemu_wants_its_node(short_path: Path) -> None:
+    create(short_path / "A.qcow2", SIZE)
+    options = ["-blockdev", f"qcow2,node-name=A,file.driver=file,file.filename={short_path}/A.qcow2"]
+    options += ["-device", '{"driver": "virtio-blk-pci", "drive": "A", "id": "virtio0", "serial": "7"}']
+    with Daemon(short_path, *options) as daemon, daemon.qmp() as qmp:
+        qmp.execute("nbd-server-add", device="virtio0", writable=True)
+        qemu_io(daemon.uri("virtio0"), "write -P 1 0 64k", format="raw")
+        overlay = str(short_path / "B.qcow2")
+        qmp.execute("blockdev-snapshot-sync", device="virtio0", snapshot_file=overlay)
+        [disk] = qmp.execute("query-block")
+        assert disk["inserted"]["file"] == overlay
+        assert disk["inserted"]["node-name"].startswith("#block")
+        qemu_io(daemon.uri("virtio0"), "read -P 1 0 64k", "write -P 2 0 64k", format="raw")
+        qmp.execute("block-export-del", id="virtio0")
+        qmp.execute("block_resize", device="virtio0", size=2 * SIZE)
+        daemon.stop(expect=0)
+    qemu_io(short_path / "A.qcow2", "read -P 1 0 64k", options=["-r"])
+    assert info(short_path / "B.qcow2")["virtual-size"] == 2 * SIZE
+
+
+def test_damage_found_while_serving_is_announced_and_stops_the_writes(setup: Setup) -> None:
+    qemu_io(setup.uri, "write -P 1 0 128k", "flush", format="raw")
+    setup.daemon.stop(expect=0)
+    image = setup.path("A")
+    table = next(run["offset"] for run in measure_map(image) if run["data"]) // 65536
+    with image.open("r+b") as file:
+        # The second L2 entry, in the cluster before the data that the first write allocated: point it into the header.
+        file.seek((table - 1) * 65536 + 8)
+        file.write((1 << 63 | 512).to_bytes(8, "big"))
+    options = ["--blockdev", f"qcow2,node-name=A,file.driver=file,file.filename={image}"]
+    options += ["--export", "nbd,id=disk,node-name=A,name=disk,writable=on"]
+    with Daemon(setup.folder, *options, name="again") as daemon, daemon.qmp() as qmp:
+        qemu_io(daemon.uri("disk"), "read 64k 64k", format="raw", expect=1)
+        told = qmp.wait_event("BLOCK_IMAGE_CORRUPTED")
+        assert told["node-name"] == "A"
+        assert told["fatal"] is True
+        assert told["device"] == ""
+        qemu_io(daemon.uri("disk"), "write 0 4k", format="raw", expect=1)
