@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import asyncio
 import sys
-from typing import Any
+from typing import Any, cast
 
 import msgspec
 
 from livedisk.emulator.qmp import control
 from livedisk.emulator.qmp.chardev import parse_compat
+from livedisk.emulator.qmp.context import Daemon
 from livedisk.emulator.qmp.events import EventHub
 from livedisk.emulator.qmp.hmp import HumanMonitor
 from livedisk.emulator.qmp.monitor import Dispatcher, QmpMonitor
@@ -58,6 +59,7 @@ class RecordingPort:
 async def serve(monitors: list[str], host: Host | None = None, started: asyncio.Event | None = None) -> None:
     """Serve ``"qmp ADDRESS"``, ``"qmp-pretty ADDRESS"``, ``"hmp ADDRESS"`` until ``quit``."""
     host = host or Host()
+    daemon = cast(Daemon, host)
     dispatcher = Dispatcher()
     devices: list[Device] = []
     for index, monitor in enumerate(monitors):
@@ -66,9 +68,9 @@ async def serve(monitors: list[str], host: Host | None = None, started: asyncio.
         device = await open_chardev(options, lambda message: print(f"info: {message}", file=sys.stderr, flush=True))
         devices.append(device)
         if kind == "hmp":
-            device.attach(HumanMonitor(host, dispatcher))
+            device.attach(HumanMonitor(daemon, dispatcher))
         else:
-            device.attach(QmpMonitor(host, registry, dispatcher, pretty=kind == "qmp-pretty"))
+            device.attach(QmpMonitor(daemon, registry, dispatcher, pretty=kind == "qmp-pretty"))
     if started is not None:
         started.set()
     await host.ended.wait()
