@@ -20,6 +20,7 @@ BUFFER_SIZE: Final = (2 << 20) + 4096
 
 _SPARE: Final = 8
 _MAPPED: Final = 1 << 20
+_SKEW: Final = 48
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +35,20 @@ class Limits:
 def fresh(size: int) -> memoryview:
     """``size`` bytes of memory. A large piece costs nothing until it is touched, which is why it is not a bytearray:
     that is filled with zeroes at once, and a client could make us do it by merely announcing a payload."""
-    return memoryview(mmap.mmap(-1, size) if size >= _MAPPED else bytearray(size))
+    if size < _MAPPED:
+        return memoryview(bytearray(size))
+    return memoryview(mmap.mmap(-1, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS))
+
+
+def _skewed(size: int) -> memoryview:
+    """``size`` bytes that begin a little behind the start of a page.
+
+    Behind the header of a request or reply, data would otherwise land 16 to 28 bytes into a page. Processors take 2 to 4 times
+    as long for a copy whose target is ahead of its source by 1 to 31 bytes modulo 4096 (each load seems to depend on the store
+    before it), and the sources here, pages of the page cache or of a socket, start at 0. Measured: a 256 KiB read of cached
+    data takes 118 us into offset 16 or 28, and 31 us into offset 0 or 32 and above.
+    """
+    return fresh(size + _SKEW)[_SKEW:]
 
 
 class BufferPool:
@@ -45,7 +59,7 @@ class BufferPool:
 
     def take(self) -> memoryview:
         """A buffer with any content."""
-        return self._spare.pop() if self._spare else fresh(BUFFER_SIZE)
+        return self._spare.pop() if self._spare else _skewed(BUFFER_SIZE)
 
     def give(self, buffer: memoryview) -> None:
         """Take back a whole buffer that nobody uses any more."""
