@@ -69,6 +69,7 @@ class Writer:
     def __init__(self, image: Image) -> None:
         self.image = image
         self._claims: list[_Claim] = []
+        self._past_end: list[_Plan] = []
 
     # -- requests ------------------------------------------------------------------------------------------------------
     async def write(self, offset: int, data: memoryview) -> None:
@@ -338,6 +339,18 @@ class Writer:
             self._release(plan, old)
         self.image.tables.mark(table, index, count)
         self.image.node.mapping_changed(plan.start, plan.end - plan.start)
+        self._note_end(plan)
+
+    def _note_end(self, plan: _Plan) -> None:
+        """A cluster whose unwritten rest lies past the end of the file is not whole to the flat maps: when the file has grown
+        over it, they are told to look again."""
+        size = self.image.storage.data.node.size
+        if self._past_end and self._past_end[0].host + self._past_end[0].end - self._past_end[0].start <= size:
+            for known in self._past_end:
+                self.image.node.mapping_changed(known.start, known.end - known.start)
+            self._past_end.clear()
+        if plan.fresh and plan.host + plan.end - plan.start > size:
+            self._past_end.append(plan)
 
     def _publish_extended(self, table: Table[array[int]], index: int, count: int, plan: _Plan) -> None:
         size, granule = self.image.geometry.cluster_size, self.image.tables.granule
