@@ -40,7 +40,7 @@ class Plan:
 class Result:
     """All samples of one call.
 
-    ``samples`` maps workload and server to one figure a run, in the workload's unit. ``greeting`` maps server to seconds from the
+    ``load`` is the machine's load average before the first run. ``samples`` maps workload and server to one figure a run, in the workload's unit. ``greeting`` maps server to seconds from the
     start of the process to its QMP greeting, ``idle`` to resident bytes after that, ``peak`` to the highest resident
     bytes of any run.
     """
@@ -51,6 +51,7 @@ class Result:
     machine: str
     date: str
     aio: str
+    load: float
     samples: dict[str, dict[str, list[float]]] = field(default_factory=dict)
     greeting: dict[str, list[float]] = field(default_factory=dict)
     idle: dict[str, list[float]] = field(default_factory=dict)
@@ -93,12 +94,18 @@ class Result:
             found.append(f"{statistics.median(idle) / (1 << 20):.0f} MiB idle, wanted 80 MiB")
         return found
 
+    @property
+    def disturbed(self) -> bool:
+        """Whether the machine was busy before: three servers in turn share that burden, but not evenly."""
+        return self.load > 0.5 * (os.cpu_count() or 1)
+
     def as_json(self) -> str:
         return json.dumps(
             {
                 "date": self.date,
                 "machine": self.machine,
                 "qemu_aio": self.aio,
+                "load_before": self.load,
                 "runs": self.plan.runs,
                 "seconds": self.plan.seconds,
                 "disk_bytes": self.plan.size,
@@ -125,7 +132,9 @@ class Result:
 def measure(servers: list[type[Server]], workloads: list[Workload], plan: Plan, images: Images, tell: Tell) -> Result:
     """Run everything. Raises `benchmark.servers.ServerFailed` or `LoadFailed`."""
     date = datetime.datetime.now(datetime.UTC).date().isoformat()
-    result = Result(plan, workloads, [server.name for server in servers], machine(), date, qemu_aio())
+    result = Result(
+        plan, workloads, [server.name for server in servers], machine(), date, qemu_aio(), os.getloadavg()[0]
+    )
     total = len(workloads) * plan.runs * len(servers) + plan.runs * len(servers)
     done = 0
     for server, number in _turns(servers, plan.runs):

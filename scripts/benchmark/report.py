@@ -69,6 +69,9 @@ def show(result: Result) -> None:
     console.print(table)
     for line in _startup(result) + _against(result):
         console.print(line, highlight=False)
+    if result.disturbed:
+        told = f"[yellow]the machine was busy[/] (load {result.load:.1f} before the first run): measure again when it is quiet"
+        console.print(told, highlight=False)
     for line in result.missed():
         console.print(f"[bold red]missed[/] {line}", highlight=False)
 
