@@ -40,9 +40,9 @@ class Plan:
 class Result:
     """All samples of one call.
 
-    ``load`` is the machine's load average before the first run. ``samples`` maps workload and server to one figure a run, in the workload's unit. ``greeting`` maps server to seconds from the
-    start of the process to its QMP greeting, ``idle`` to resident bytes after that, ``peak`` to the highest resident
-    bytes of any run.
+    ``load`` is the machine's load average before the first run. ``samples`` maps workload and server to one figure a
+    run, in the workload's unit. ``greeting`` maps server to seconds from the start of the process to its QMP
+    greeting, ``idle`` to resident bytes after that, ``peak`` to the highest resident bytes of any run.
     """
 
     plan: Plan
