@@ -318,12 +318,13 @@ class Graph:
             self.changed()
 
     async def close(self) -> None:
-        """Close every node, parents first. All backends are gone."""
+        """Take every backend off, then close every node, parents first. Nothing is in flight."""
+        for backend in list(self.backends):
+            await self.detach_root(backend)
         while self.nodes:
-            tops = [node for node in self.nodes.values() if not node.parents]
-            for node in tops or list(self.nodes.values())[:1]:
-                node.monitor_owned = False
-                await self.release(node)
+            top = next(node for node in self.nodes.values() if not node.parents)  # there is one: no cycles
+            top.monitor_owned = False
+            await self.release(top)
 
     # -- looking -----------------------------------------------------------------------------------------------------
     def below(self, node: Node) -> list[Node]:

@@ -43,7 +43,6 @@ async def opened(
             await graph.release(node)
             raise
         yield backend
-        await graph.detach_root(backend)
     finally:
         await graph.close()
 

@@ -20,6 +20,7 @@ from livedisk.emulator.block.flatmap import DATA, HOLE, MISS
 from livedisk.emulator.block.graph import Graph
 from livedisk.emulator.block.node import Node
 from livedisk.emulator.block.permissions import Perm
+from livedisk.emulator.block.types import Kind
 
 assert kit.layer_driver
 
@@ -46,6 +47,12 @@ steps = st.lists(
 )
 
 
+def _part(file: Path, offset: int, length: int) -> bytes:
+    with file.open("rb") as stream:
+        stream.seek(offset)
+        return stream.read(length)
+
+
 class Chain:
     """Layers on host files, and the disk's content as a bytearray."""
 
@@ -55,6 +62,8 @@ class Chain:
         self.disk = BlockBackend(self.graph, "test")
         self.content = bytearray(TOP)
         self.made = 0
+        self.shared: dict[tuple[Path, int], bytes] = {}
+        """What a snapshot holds on to: it must never change."""
 
     async def layer(self, cluster: int, size: int, backing: Node | None) -> Node:
         self.made += 1
@@ -120,6 +129,10 @@ class Chain:
         driver = nodes[which % len(nodes)].driver
         assert isinstance(driver, LayerDriver)
         driver.share_all()
+        file, step = Path(driver.node.file.node.driver.filename), driver.options.cluster_size
+        for cluster in driver.clusters.values():
+            if cluster.kind is Kind.DATA:
+                self.shared[file, cluster.host * step] = _part(file, cluster.host * step, step)
 
     async def hide(self, offset: int) -> None:
         driver = self.disk.node.driver
@@ -140,6 +153,8 @@ class Chain:
         driver._loaded.clear()
 
     async def close(self) -> None:
+        for (file, offset), old in self.shared.items():
+            assert _part(file, offset, len(old)) == old
         await self.graph.detach_root(self.disk)
         await self.graph.close()
 
