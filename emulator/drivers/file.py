@@ -203,16 +203,17 @@ class FileDriver(Driver):
     # -- moving bytes ------------------------------------------------------------------------------------------------
     async def write(self, offset: int, data: memoryview) -> None:
         await self.host.write(offset, data)
-        self._grown(offset + len(data))
+        self.grown(offset + len(data))
 
-    def _grown(self, end: int) -> None:
+    def grown(self, end: int) -> None:
+        """Something was written up to ``end`` (bytes), maybe straight to the host file."""
         if end > self._size:
             self._size = whole_sectors(end)
 
     async def write_zeroes(self, offset: int, length: int, flags: ZeroFlags) -> None:
         await in_thread(self._zero_blocking, offset, length, flags)
         self.host.highest = max(self.host.highest, offset + length)
-        self._grown(offset + length)
+        self.grown(offset + length)
 
     def _zero_blocking(self, offset: int, length: int, flags: ZeroFlags) -> None:
         fd = self.host.fd
