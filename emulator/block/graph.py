@@ -246,16 +246,23 @@ class Graph:
                 )
         with _Nested(tran) as steps:
             for edge in edges:
-                old = edge.node
-                self._move(edge, new)
-                steps.add(abort=lambda edge=edge, old=old: self._move(edge, old))  # type: ignore[misc]
+                self._move(edge, new, steps)
             self.refresh_permissions(steps)
         self.changed()
 
-    def _move(self, edge: Edge, new: Node) -> None:
-        edge.node.parents.remove(edge)
+    def _move(self, edge: Edge, new: Node, steps: Transaction) -> None:
+        old, place = edge.node, edge.node.parents.index(edge)
+
+        def undo() -> None:
+            edge.node.parents.remove(edge)
+            edge.node = old
+            old.parents.insert(place, edge)
+            edge.parent.child_replaced(edge)
+
+        old.parents.remove(edge)
         edge.node = new
         new.parents.append(edge)
+        steps.add(abort=undo)
         edge.parent.child_replaced(edge)
 
     def rewire(
@@ -280,8 +287,7 @@ class Graph:
             edge.parent.child_replaced(edge)
         for edge, new in move:
             _check_not_frozen(edge)
-            tran.add(abort=lambda edge=edge, old=edge.node: self._move(edge, old))  # type: ignore[misc]
-            self._move(edge, new)
+            self._move(edge, new, tran)
         for parent, child, name, role in attach:
             self._link(Edge(parent, child, name, role), tran)
         self.refresh_permissions(tran, closing)
