@@ -1,4 +1,4 @@
-"""The commands that a person types: ``livedisk serve``, ``livedisk daemon``, ``livedisk qmp``, ``livedisk img``.
+"""The commands that a person types: ``livedisk serve``, ``livedisk daemon``, ``livedisk qmp``.
 
 `main` only finds the command and imports its module, so that a daemon does not wait for what an interactive shell
 needs. A command is called with ``args`` and ``prog_name`` and returns its exit code, or exits (as click's do).
@@ -12,6 +12,7 @@ import sys
 COMMANDS = {
     "serve": ("livedisk.emulator.cli.serve", "serve", "serve one image over NBD, with one line"),
     "daemon": ("livedisk.emulator.cli.daemon", "daemon", "run an emulated disk: QEMU's options, QMP, NBD"),
+    "img": ("livedisk.emulator.cli.img", "img", "make, check, repair and look at qcow2 images"),
     "qmp": ("livedisk.emulator.cli.qmp", "qmp", "talk to a QMP socket: one command, or a shell"),
 }
 """By name: the module, the command in it, and a line for the help."""

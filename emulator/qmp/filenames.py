@@ -1,16 +1,19 @@
 """What a node is called in terms of files: the name one would open to get the same node.
 
-A plain file name (or URI) serves where opening it, with the node's format, would give the same nodes below; that is
-so unless an option changes what the node shows (raw's offset) or its backing file is not the one that its header
-names. Otherwise the name is ``json:{...}``, the options of the whole tree. Source: QEMU ``block.c``
-(bdrv_refresh_filename, bdrv_backing_overridden, append_strong_runtime_options); members stand in QEMU's order, so
-that names compare as text.
+A plain file name (or URI) serves where opening it, with the node's format, would give the same nodes below; that is so
+unless an option changes what the node shows (raw's offset) or its backing file is not the one that its header names.
+Otherwise the name is ``json:{...}``, the options of the whole tree. Source: QEMU ``block.c`` (bdrv_refresh_filename,
+bdrv_backing_overridden, append_strong_runtime_options); members stand in QEMU's order, so that names compare as text.
+
+A node's name depends on its children's. They are named first, each once, without recursion: chains can be long.
 """
 
 from __future__ import annotations
 
 import os
 import re
+from collections.abc import Container, Iterator
+from functools import cache, cached_property
 from typing import Any
 
 import msgspec
@@ -26,67 +29,41 @@ _WEAK = {"null-co": {"latency-ns"}, "null-aio": {"latency-ns"}, "file": None, "h
 
 
 def filename(node: Node) -> str:
-    """The node's name as QEMU gives it: plain where that is enough, else ``json:{...}``; "" for the null drivers'
-    like."""
-    exact = exact_filename(node)
-    return exact or "json:" + encode(full_options(node)).decode().rstrip()
+    """The node's name as QEMU gives it: plain where that is enough, else ``json:{...}``."""
+    return Names()[node]
 
 
-def exact_filename(node: Node) -> str:
-    """The plain name, or "" where there is none that stands for the node."""
-    driver = node.driver
-    if not node.children:
-        return driver.filename if "filename" in _own_options(node) or not _strong_options(node) else ""
-    if driver.is_filter or "file" not in node.children or _strong_options(node) or backing_overridden(node):
-        return ""
-    child = node.file.node
-    protocol = not (child.driver.is_format or child.driver.is_filter)
-    return exact_filename(child) if protocol else ""
+class Names:
+    """The names of nodes at one moment, each found once, however many nodes share what is below them.
 
+    Made for one query and dropped with it: a change of the graph changes names.
+    """
 
-def full_options(node: Node) -> dict[str, Any]:
-    """The options that open the node anew, children included (QEMU's full_open_options)."""
-    options: dict[str, Any] = {"driver": node.options.driver, **_strong_options(node)}
-    own = _own_options(node)
-    if "filename" in own:
-        options["filename"] = own["filename"]
-    overridden = backing_overridden(node)
-    for name, edge in node.children.items():
-        if name != "backing" or overridden:
-            options[name] = full_options(edge.node)
-    if overridden and node.backing is None:
-        options["backing"] = None
-    return options
+    def __init__(self) -> None:
+        self._known: dict[Node, _Named] = {}
 
+    def __getitem__(self, node: Node) -> str:
+        return self._named(node).name
 
-def backing_overridden(node: Node) -> bool:
-    """Whether the backing file is not the one that opening the image by its name would find."""
-    recorded = node.driver.backing_filename() or ""
-    if node.backing is None:
-        return bool(recorded)
-    child = node.backing.node
-    silent = getattr(node.options, "backing", msgspec.UNSET) is msgspec.UNSET
-    if silent and child.opened_by is node and recorded == node.opened_backing:
-        return False  # it is what the header led to
-    return recorded != filename(child)
+    def full_backing(self, node: Node) -> str | None:
+        """The backing file that the image's header names, resolved against the image's own place; None without one."""
+        recorded = node.driver.backing_filename()
+        return combine(self._storage(node), recorded) if recorded else None
 
+    def _storage(self, node: Node) -> str:
+        """The plain name of the file under a format, even where options keep it from standing for the node."""
+        while node.children:
+            edge = node.children.get("file") or node.filtered
+            if edge is None:
+                return ""
+            node = edge.node
+        return self._named(node).exact
 
-def full_backing_filename(node: Node) -> str | None:
-    """The backing file that the image's header names, resolved against the image's own place; None without one."""
-    recorded = node.driver.backing_filename()
-    if not recorded:
-        return None
-    return combine(exact_filename_of_storage(node), recorded)
-
-
-def exact_filename_of_storage(node: Node) -> str:
-    """The plain name of the file under a format, even where options keep it from standing for the node."""
-    while node.children:
-        edge = node.children.get("file") or node.filtered
-        if edge is None:
-            return ""
-        node = edge.node
-    return exact_filename(node)
+    def _named(self, node: Node) -> _Named:
+        for below in _children_first(node, self._known):
+            children = {name: self._known[edge.node] for name, edge in below.children.items()}
+            self._known[below] = _Named(below, children)
+        return self._known[node]
 
 
 def combine(base: str, name: str) -> str:
@@ -96,15 +73,82 @@ def combine(base: str, name: str) -> str:
     return os.path.join(os.path.dirname(base), name)
 
 
+class _Named:
+    """One node's names, from those of its children.
+
+    ``overridden``: its backing file is not the one that opening it by its name would find. ``exact``: the plain name,
+    or "". ``options``: those that open the node anew, children included (QEMU's full_open_options).
+    """
+
+    def __init__(self, node: Node, children: dict[str, _Named]) -> None:
+        strong = _strong_options(node)
+        self.overridden = self._is_overridden(node, children.get("backing"))
+        self.exact = self._exact(node, children.get("file"), strong)
+        self.options: dict[str, Any] = {"driver": node.options.driver, **strong}
+        own = _own_options(node)
+        if "filename" in own:
+            self.options["filename"] = own["filename"]
+        for name, child in children.items():
+            if name != "backing" or self.overridden:
+                self.options[name] = child.options
+        if self.overridden and node.backing is None:
+            self.options["backing"] = None
+
+    @cached_property
+    def name(self) -> str:
+        return self.exact or "json:" + encode(self.options).decode().rstrip()
+
+    def _is_overridden(self, node: Node, child: _Named | None) -> bool:
+        recorded = node.driver.backing_filename() or ""
+        if node.backing is None or child is None:
+            return bool(recorded)
+        silent = getattr(node.options, "backing", msgspec.UNSET) is msgspec.UNSET
+        if silent and node.backing.node.opened_by is node and recorded == node.opened_backing:
+            return False  # it is what the header led to
+        return recorded != child.name
+
+    def _exact(self, node: Node, file: _Named | None, strong: dict[str, Any]) -> str:
+        if not node.children:
+            return "" if strong else node.driver.filename
+        if node.driver.is_filter or file is None or strong or self.overridden:
+            return ""
+        below = node.file.node.driver
+        return "" if below.is_format or below.is_filter else file.exact
+
+
+def _children_first(node: Node, known: Container[Node]) -> Iterator[Node]:
+    """``node`` and everything below it that is not known yet, each once, children before parents."""
+    if node in known:
+        return
+    seen = {node}
+    path = [(node, iter(node.children.values()))]
+    while path:
+        current, edges = path[-1]
+        child = next((edge.node for edge in edges if edge.node not in seen and edge.node not in known), None)
+        if child is None:
+            path.pop()
+            yield current
+        else:
+            seen.add(child)
+            path.append((child, iter(child.children.values())))
+
+
+@cache
+def _own_members(cls: type[BlockdevOptions]) -> tuple[tuple[str, str, Any], ...]:
+    """What a driver's options add to the generic ones: (name in Python, name on the wire, default)."""
+    generic = set(BlockdevOptions.__struct_fields__)
+    fields = msgspec.structs.fields(cls)
+    return tuple((info.name, info.encode_name, info.default) for info in fields if info.name not in generic)
+
+
 def _own_options(node: Node) -> dict[str, Any]:
     """The options that the driver adds to the generic ones, as given, under their names on the wire."""
-    generic = set(BlockdevOptions.__struct_fields__)
     own = {}
-    for info in msgspec.structs.fields(type(node.options)):
-        value = getattr(node.options, info.name)
-        given = value is not msgspec.UNSET and value != info.default
-        if info.name not in generic and info.encode_name not in (*node.children, "file", "backing") and given:
-            own[info.encode_name] = msgspec.to_builtins(value)
+    for attribute, name, default in _own_members(type(node.options)):
+        value = getattr(node.options, attribute)
+        given = value is not msgspec.UNSET and value != default
+        if given and name not in (*node.children, "file", "backing"):
+            own[name] = msgspec.to_builtins(value)
     return own
 
 

@@ -15,7 +15,7 @@ import msgspec
 from livedisk.emulator.block.node import Node
 from livedisk.emulator.block.types import DetectZeroes
 from livedisk.emulator.qmp.context import Context
-from livedisk.emulator.qmp.filenames import filename, full_backing_filename
+from livedisk.emulator.qmp.filenames import Names
 from livedisk.emulator.qmp.qapi import UNSET, QapiStruct, UnsetType
 from livedisk.emulator.qmp.registry import command
 
@@ -116,8 +116,8 @@ class QueryNamedBlockNodes(QapiStruct):
 @command("query-named-block-nodes", allow_preconfig=True)
 async def query_named_block_nodes(ctx: Context, args: QueryNamedBlockNodes) -> list[BlockDeviceInfo]:
     """Every node, newest first."""
-    nodes = list(reversed(creation_order(ctx.daemon.graph)))
-    return [await node_info(node, deep=not args.flat) for node in nodes]
+    survey = Survey(skip_implicit=False)
+    return [await survey.device(node, deep=not args.flat) for node in reversed(creation_order(ctx.daemon.graph))]
 
 
 @command("query-block", allow_preconfig=True)
@@ -127,80 +127,97 @@ async def query_block(ctx: Context) -> list[BlockInfo]:
 
 
 async def node_info(node: Node, *, deep: bool, writeback: bool = True, skip_implicit: bool = False) -> BlockDeviceInfo:
-    """What is known of a node.
+    """What is known of one node. ``skip_implicit``: without jobs' hidden filters."""
+    return await Survey(skip_implicit=skip_implicit).device(node, deep=deep, writeback=writeback)
 
-    ``deep``: with the images below it; ``skip_implicit``: without jobs' hidden filters.
+
+class Survey:
+    """What is known of nodes at one moment: what several of them share below is asked once.
+
+    ``skip_implicit``: hidden filters are left out. Made for one query and dropped with it.
     """
-    first = _below_implicit(node) if skip_implicit else node
-    image = await image_info(first)
-    depth, last, current = 0, image, first
-    while deep:
-        lower = _shown_below(current)
-        if lower is None:
-            break
-        current = _below_implicit(lower) if skip_implicit else lower
-        depth += 1
-        last.backing_image = await image_info(current)
-        last = last.backing_image
-    backing = node.backing.node if node.backing is not None else None
-    return BlockDeviceInfo(
-        file=filename(node),
-        node_name=node.name,
-        ro=node.read_only,
-        drv=node.options.driver,
-        backing_file=filename(backing) if backing is not None else UNSET,
-        backing_file_depth=depth,
-        encrypted=False,
-        detect_zeroes=node.detect_zeroes,
-        bps=0,
-        bps_rd=0,
-        bps_wr=0,
-        iops=0,
-        iops_rd=0,
-        iops_wr=0,
-        image=image,
-        cache=BlockdevCacheInfo(writeback=writeback, direct=node.cache_direct, no_flush=node.cache_no_flush),
-        write_threshold=node.write_threshold,
-        active=True,
-    )
 
+    def __init__(self, *, skip_implicit: bool) -> None:
+        self._skip_implicit = skip_implicit
+        self._names = Names()
+        self._images: dict[Node, ImageInfo] = {}
+        self._chains: dict[Node, tuple[ImageInfo, int]] = {}
 
-async def image_info(node: Node) -> ImageInfo:
-    """What is known of one image, without those below it."""
-    driver = node.driver
-    allocated = await driver.allocated_size()
-    backing = driver.backing_filename()
-    specific = driver.specific_info()
-    dirty = driver.dirty_flag()
-    return ImageInfo(
-        filename=filename(node),
-        format=node.options.driver,
-        dirty_flag=UNSET if dirty is None else dirty,
-        actual_size=UNSET if allocated is None else allocated,
-        virtual_size=node.size,
-        cluster_size=driver.cluster_size() or UNSET,
-        backing_filename=backing or UNSET,
-        full_backing_filename=full_backing_filename(node) or UNSET,
-        backing_filename_format=driver.backing_format() or UNSET,
-        snapshots=[_snapshot(entry) for entry in driver.snapshots()] or UNSET,
-        format_specific=UNSET if specific is None else dict(specific),
-    )
+    async def device(self, node: Node, *, deep: bool, writeback: bool = True) -> BlockDeviceInfo:
+        """A node. ``deep``: with the images below it; ``writeback``: the write cache of the device on it."""
+        shown = self._shown(node)
+        image, depth = await self._chain(shown) if deep else (await self._image(shown), 0)
+        backing = node.backing.node if node.backing is not None else None
+        return BlockDeviceInfo(
+            file=self._names[node],
+            node_name=node.name,
+            ro=node.read_only,
+            drv=node.options.driver,
+            backing_file=self._names[backing] if backing is not None else UNSET,
+            backing_file_depth=depth,
+            encrypted=False,
+            detect_zeroes=node.detect_zeroes,
+            bps=0,
+            bps_rd=0,
+            bps_wr=0,
+            iops=0,
+            iops_rd=0,
+            iops_wr=0,
+            image=image,
+            cache=BlockdevCacheInfo(writeback=writeback, direct=node.cache_direct, no_flush=node.cache_no_flush),
+            write_threshold=node.write_threshold,
+            active=True,
+        )
+
+    def _shown(self, node: Node) -> Node:
+        """The node, or what shows through it if users are not to see it."""
+        while self._skip_implicit and node.implicit and node.filtered is not None:
+            node = node.filtered.node
+        return node
+
+    async def _chain(self, node: Node) -> tuple[ImageInfo, int]:
+        """A node's image with those that show through it, and how many those are."""
+        path = [node]
+        while path[-1] not in self._chains:
+            edge = path[-1].filtered or path[-1].backing
+            if edge is None:
+                self._chains[path[-1]] = await self._image(path[-1]), 0
+            else:
+                path.append(self._shown(edge.node))
+        for upper, lower in zip(reversed(path[:-1]), reversed(path), strict=False):
+            image, depth = self._chains[lower]
+            own = await self._image(upper)
+            self._chains[upper] = msgspec.structs.replace(own, backing_image=image), depth + 1
+        return self._chains[node]
+
+    async def _image(self, node: Node) -> ImageInfo:
+        """A node's own image."""
+        if node not in self._images:
+            self._images[node] = await self._ask(node)
+        return self._images[node]
+
+    async def _ask(self, node: Node) -> ImageInfo:
+        driver = node.driver
+        allocated = await driver.allocated_size()
+        specific = driver.specific_info()
+        dirty = driver.dirty_flag()
+        return ImageInfo(
+            filename=self._names[node],
+            format=node.options.driver,
+            dirty_flag=UNSET if dirty is None else dirty,
+            actual_size=UNSET if allocated is None else allocated,
+            virtual_size=node.size,
+            cluster_size=driver.cluster_size() or UNSET,
+            backing_filename=driver.backing_filename() or UNSET,
+            full_backing_filename=self._names.full_backing(node) or UNSET,
+            backing_filename_format=driver.backing_format() or UNSET,
+            snapshots=[_snapshot(entry) for entry in driver.snapshots()] or UNSET,
+            format_specific=UNSET if specific is None else dict(specific),
+        )
 
 
 def _snapshot(entry: Mapping[str, Any]) -> SnapshotInfo:
     return msgspec.convert(entry, SnapshotInfo)
-
-
-def _shown_below(node: Node) -> Node | None:
-    """What shows through a node: a filter's child, or the backing file."""
-    edge = node.filtered or node.backing
-    return edge.node if edge is not None else None
-
-
-def _below_implicit(node: Node) -> Node:
-    while node.implicit and node.filtered is not None:
-        node = node.filtered.node
-    return node
 
 
 def creation_order(graph: Graph) -> list[Node]:
