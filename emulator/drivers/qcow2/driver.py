@@ -78,7 +78,9 @@ class Qcow2(Driver):
             )
         await self._open_data_file(header)
         await self._load(header)
+        interval = opts.clean_interval(self.options)
         await gate.open_backing(self.node, self.options.backing, header.backing_file, header.backing_format)
+        self._clean_later(interval)
 
     def _purpose(self) -> Purpose:
         return Purpose.READ if self.node.read_only else Purpose.WRITE
@@ -108,7 +110,6 @@ class Qcow2(Driver):
         self.map_granularity = image.geometry.subcluster_size
         if not self.node.read_only and header.prepare_for_writing():
             await image.write_header()
-        self._clean_later(opts.clean_interval(given))
 
     def _clean_later(self, interval: int) -> None:
         if self._cleaner is not None:
@@ -141,6 +142,7 @@ class Qcow2(Driver):
         """Read the image anew: another process may have changed it."""
         self._clean_later(0)
         await self._load(await read_header(self.node.file.node, self._purpose()))
+        self._clean_later(opts.clean_interval(self.options))
         self._inactive = False
         self.node.mapping_changed()
 
@@ -235,6 +237,7 @@ class Qcow2(Driver):
         image.storage.guard.checked = checked
         if not image.tables.slices.dirty:
             image.tables.resize_cache(sizes.l2, sizes.l2_slice)
+        image.refcounts.resize_cache(sizes.refcount)
         self._clean_later(interval)
         self.node.mapping_changed()
 

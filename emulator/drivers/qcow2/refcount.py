@@ -40,8 +40,14 @@ class Refcounts:
         self.table: array[int] = array("Q")
         self.table_offset = table_offset
         self.table_dirty: set[int] = set()
-        self.blocks: TableCache[bytearray] = TableCache(max(cache_bytes // cluster_size, 2))
+        self.blocks: TableCache[bytearray] = TableCache(2)
+        self.resize_cache(cache_bytes)
         self._loading: dict[int, asyncio.Future[None]] = {}
+
+    def resize_cache(self, total: int) -> None:
+        """Cache at most ``total`` bytes of blocks, but at least two blocks."""
+        self.blocks.limit = max(total // self.cluster_size, 2)
+        self.blocks.trim()
 
     def adopt(self, table: array[int], offset: int) -> None:
         """Use this table, which stands at ``offset``."""

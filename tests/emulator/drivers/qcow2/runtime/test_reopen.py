@@ -36,12 +36,14 @@ def test_caches_checks_discards_and_lazy_refcounts_change(tmp_path: Path) -> Non
                 disk,
                 l2_cache_size=8192,
                 l2_cache_entry_size=512,
+                refcount_cache_size=32768,
                 overlap_check=OverlapMode.NONE,
                 lazy_refcounts=True,
                 pass_discard_request=False,
             )
             assert disk.image.tables.slices.limit == 16
             assert disk.image.tables.slice_bytes == 512
+            assert disk.image.refcounts.blocks.limit == 8
             assert disk.image.storage.guard.checked == Section.NONE
             assert disk.image.lazy
             assert not disk.image.discards.request
