@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import sys
 from collections.abc import Awaitable, Callable
 from typing import Any
 
@@ -72,6 +73,8 @@ COMMANDS = (
 )
 """Modules that register commands, events, drivers and option types by being imported."""
 
+RECURSION = 10_000
+"""Nested Python calls, which take about 4 MiB of the stack at most."""
 NO_UUID = "00000000-0000-0000-0000-000000000000"
 
 
@@ -82,6 +85,8 @@ class Daemon:
     """
 
     def __init__(self, *, name: str | None = None, uuid: str = NO_UUID, state: State = State.PRELAUNCH) -> None:
+        # A request on the slow path goes down a chain by nested calls, a few for each image; so does opening one.
+        sys.setrecursionlimit(max(sys.getrecursionlimit(), RECURSION))
         self.name = name
         self.uuid = uuid
         self.graph = Graph()

@@ -33,6 +33,8 @@ from livedisk.emulator.block.transaction import Transaction
 from livedisk.emulator.errors import BlockError, NodeNotFound
 
 _WELL_FORMED = re.compile(r"[A-Za-z][A-Za-z0-9._-]*\Z")
+MAX_DEPTH = 500
+"""Images that may stand on each other when they are opened; each takes a few frames of Python's stack."""
 MAX_NAME = 31
 """Characters in a node name (QEMU: sizeof node_name - 1)."""
 
@@ -96,6 +98,8 @@ class Graph:
     async def open(self, options: BlockdevOptions, *, parent: Node | None = None, role: Role = Role.NONE) -> Node:
         """Open a node and the children described inside it. It has no parent yet: `attach_root`, `attach_child` or
         `release` it."""
+        if _depth(parent) > MAX_DEPTH:
+            raise BlockError(f"More than {MAX_DEPTH} images stand on each other")
         cls = driver_class(options.driver)
         node = Node(self, self._new_name(options.node_name), options)
         node.opened_by, node.opened_role = parent, role
@@ -498,6 +502,15 @@ class _Nested:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: Any) -> None:
         if self._outer is None:
             self._own.__exit__(kind, error, tb)
+
+
+def _depth(node: Node | None) -> int:
+    """How many nodes are being opened one inside the other."""
+    depth = 0
+    while node is not None:
+        node = node.opened_by
+        depth += 1
+    return depth
 
 
 def _check_not_frozen(edge: Edge) -> None:
