@@ -252,8 +252,10 @@ class FlatMap:
         inside = offset - (granule << shift)
         if inside + length > 1 << shift or not self._ready:
             return self._read_run(offset, view)
-        region = self._regions.get(granule >> REGION_BITS)
-        entry = region[granule & (REGION - 1)] if region is not None else 0
+        try:
+            entry = self._regions[granule >> REGION_BITS][granule & (REGION - 1)]
+        except KeyError:
+            entry = 0
         if not entry:
             entry = self._fill(granule)
         code = entry & _CODE
@@ -334,13 +336,16 @@ class FlatMap:
             inside = offset - (granule << shift)
             if inside + length > 1 << shift or not self._ready:
                 return self._write_run(offset, view)
-            region = self._regions.get(granule >> REGION_BITS)
-            entry = region[granule & (REGION - 1)] if region is not None else 0
+            try:
+                entry = self._regions[granule >> REGION_BITS][granule & (REGION - 1)]
+            except KeyError:
+                entry = 0
             if not entry:
                 entry = self._fill(granule)
-            if not entry & 1 or entry & _CODE < 4:
+            code = entry & _CODE
+            if code < 4 or not code & 1:
                 return MISS
-            file = self._files[(entry & _CODE) >> 1]
+            file = self._files[code >> 1]
             host = (entry & _OFFSET) + inside
         try:
             if _pwrite(file.fd, view, host) != length:  # type: ignore[union-attr]  # codes from 4 on have a file

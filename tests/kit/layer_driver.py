@@ -50,7 +50,7 @@ class LayerDriver(Driver):
         self.clusters: dict[int, _Cluster] = {}
         self._loaded: dict[int, None] = {}
         self._next_host = 7
-        self._size = options.size
+        self._size: int = options.size
 
     async def open(self) -> None:
         self.map_granularity = self.options.cluster_size
