@@ -43,6 +43,8 @@ class Driver(ABC):
     is_filter: ClassVar[bool] = False
     """Shows its child's content unchanged (throttle, copy-before-write, blkdebug)."""
     supports_backing: ClassVar[bool] = False
+    internal: ClassVar[bool] = False
+    """Only opened from inside (a job's own filter): users do not find it among the drivers."""
     request_alignment: int = 1
     """Smallest offset and length, in bytes, served without a bounce buffer."""
     map_granularity: int = 0
@@ -112,6 +114,11 @@ class Driver(ABC):
     async def write(self, offset: int, data: memoryview) -> None:
         """Write; on return a later read sees the data. ``data`` is only valid until then."""
         raise OSError(errno.EACCES, os.strerror(errno.EACCES))
+
+    def write_now(self, offset: int, data: memoryview) -> bool:
+        """Write without awaiting, allocating if need be: True; or False, having changed nothing: `write` does it. Optional, for
+        speed; called from the fast path while no request is in flight on the node. Raises OSError as `write` does."""
+        return False
 
     async def write_zeroes(self, offset: int, length: int, flags: ZeroFlags) -> None:
         """Zero the range. Raises ENOTSUP, having changed nothing, where this driver has no quicker way than writing

@@ -344,7 +344,7 @@ class FlatMap:
                 entry = self._fill(granule)
             code = entry & _CODE
             if code < 4 or not code & 1:
-                return MISS
+                return self._write_now(offset, view)
             file = self._files[code >> 1]
             host = (entry & _OFFSET) + inside
         try:
@@ -365,10 +365,8 @@ class FlatMap:
         if not self._ready:
             return self.try_write(offset, view) if self._prepare() else MISS
         runs = self._runs(offset, len(view))
-        if runs is None:
-            return MISS
-        if any(not code & 1 or code < 4 for code, _, _ in runs):
-            return MISS
+        if runs is None or any(not code & 1 or code < 4 for code, _, _ in runs):
+            return self._write_now(offset, view)
         position = 0
         for code, host, length in runs:
             file = self._files[code >> 1]
@@ -382,6 +380,19 @@ class FlatMap:
             position += length
         assert self._root is not None
         self._root.written(offset, len(view))
+        return DATA
+
+    def _write_now(self, offset: int, view: memoryview) -> int:
+        """Ask the node's driver to allocate and write at once, while no slow request is in flight there."""
+        root = self._root
+        if root is None or not self._may_write or root.busy or root.detect_zeroes is not DetectZeroes.OFF:
+            return MISS
+        try:
+            if not root.driver.write_now(offset, view):
+                return MISS
+        except OSError:
+            return MISS
+        root.written(offset, len(view))
         return DATA
 
 

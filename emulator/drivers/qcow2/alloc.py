@@ -71,6 +71,11 @@ class Allocator:
         """Whether `take` gives something now."""
         return self._run_start < self._run_end
 
+    @property
+    def available(self) -> int:
+        """Clusters that `take` can give at once."""
+        return self._run_end - self._run_start
+
     async def ensure(self) -> None:
         """Return with a free run at hand, so that `take` gives at least one cluster. Raises OSError."""
         while self._run_start >= self._run_end:

@@ -168,6 +168,9 @@ class Qcow2(Driver):
             await self.image.before_change()
         await self.image.writer.write(offset, data)
 
+    def write_now(self, offset: int, data: memoryview) -> bool:
+        return not (self._inactive or self.image.storage.dead) and self.image.writer.write_now(offset, data)
+
     async def write_zeroes(self, offset: int, length: int, flags: ZeroFlags) -> None:
         await self._before_change()
         await self.image.zeroer.write_zeroes(offset, length, flags)

@@ -95,6 +95,29 @@ class Writer:
             else:
                 position += await self._allocating(at, data[position : position + min(run.length, MAX_MERGED)])
 
+    def write_now(self, offset: int, data: memoryview) -> bool:
+        """An allocating write of which everything is at hand, done without awaiting. False: nothing was changed. Raises OSError."""
+        image, tables = self.image, self.image.tables
+        size, length = image.geometry.cluster_size, len(data)
+        if self._claims or image.bitmaps_trusted or not image.ready_to_allocate or image.writeback.urgent:
+            return False
+        found = tables.owned(offset)
+        if found is None or found[0].data[found[1] * tables.words] > ZERO:
+            return False
+        clusters = (offset % size + length + size - 1) // size
+        run = tables.lookup(offset, length)
+        if run.length < length or found[1] + clusters > tables.slice_entries or image.allocator.available < clusters:
+            return False
+        plan = self._plan(*found, offset, length)
+        if plan is None:
+            return False
+        if plan.end < offset + length or not self._inline(plan, *found, offset, data):
+            if plan.new:
+                image.allocator.give_back(plan.host, plan.new)
+            return False
+        self._publish(plan, *found)
+        return True
+
     async def settled(self, start: int, end: int) -> None:
         """Return when no allocation is under way in these guest clusters (bytes)."""
         while True:
