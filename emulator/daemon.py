@@ -46,7 +46,7 @@ from livedisk.emulator.qmp import (
 )
 from livedisk.emulator.qmp.block_events import BlockImageCorrupted
 from livedisk.emulator.qmp.chardev import Chardev, MonitorOptions
-from livedisk.emulator.qmp.context import Context
+from livedisk.emulator.qmp.context import Context, Extension
 from livedisk.emulator.qmp.control import Shutdown, ShutdownCause
 from livedisk.emulator.qmp.events import EventHub
 from livedisk.emulator.qmp.monitor import Dispatcher, QmpMonitor
@@ -97,6 +97,7 @@ class Daemon:
         self.exports = BlockExports(self.graph, self.devices, self.events.emit, self._is_iothread)
         self.graph.parse_options = self.parse_options
         self.graph.on_corruption.append(self._announce_corruption)
+        self.extensions: dict[type, Extension] = {}
         self._dispatcher = Dispatcher()
         self._chardevs: dict[str, Device] = {}
         self._monitored: set[str] = set()
@@ -168,6 +169,8 @@ class Daemon:
                 failures.append(f"{what}: {error}")
 
         await attempt("monitors", self._dispatcher.close)
+        for extension in list(self.extensions.values()):
+            await attempt(type(extension).__name__.lower(), extension.close)
         await attempt("exports", self.exports.close)
         await attempt("devices", self.devices.close)
         await attempt("nodes", self.graph.close)

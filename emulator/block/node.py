@@ -20,12 +20,16 @@ from __future__ import annotations
 import asyncio
 import errno
 import os
+from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Protocol
 
 from livedisk.emulator.block.permissions import Perm, Role
 from livedisk.emulator.block.types import DetectZeroes, Discard, Kind, NotMapped, Preallocation, Segment, ZeroFlags
 
 if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+
+    from livedisk.emulator.block.blockers import Blocker
     from livedisk.emulator.block.driver import Driver
     from livedisk.emulator.block.graph import Graph
     from livedisk.emulator.block.options import BlockdevOptions
@@ -126,7 +130,8 @@ class Node:
     hidden from users); ``monitor_owned`` (blockdev-add made it, so blockdev-del ends it); ``opened_by`` and
     ``opened_role``: the node inside whose options this one was described, whose settings it inherits where its own
     options are silent; ``opened_backing``: the backing file name that the image's header had when it was opened;
-    ``reopening``: the settings that a reopen under way is about to give the node; ``trackers``; ``own_highest``
+    ``reopening``: the settings that a reopen under way is about to give the node; ``blockers``: whoever forbids others'
+    operations on it (`blockers.py`), the newest last; ``trackers``; ``own_highest``
     (largest byte offset, exclusive, that a request on this node wrote to); ``write_threshold`` (bytes; a write beyond
     it is reported once, 0: none is asked for).
     """
@@ -150,6 +155,7 @@ class Node:
         self.opened_by: Node | None = None
         self.opened_role = Role.NONE
         self.opened_backing: str | None = None
+        self.blockers: list[Blocker] = []
         self.trackers: list[DirtyTracker] = []
         self.own_highest = 0
         self.write_threshold = 0
@@ -212,6 +218,11 @@ class Node:
         """Whether requests are in flight on this very node."""
         return bool(self._in_flight)
 
+    def overlapped(self, offset: int, length: int) -> bool:
+        """Whether a request in flight touches the range (bytes)."""
+        end = offset + length
+        return any(other.start < end and offset < other.end for other in self._in_flight)
+
     def requests_in_flight(self) -> frozenset[object]:
         """The requests in flight that may still use storage which another request gives up: it must outlive them.
 
@@ -253,6 +264,16 @@ class Node:
         request.over = True
         if request.done is not None:
             request.done.set_result(None)
+
+    @asynccontextmanager
+    async def exclusive(self, offset: int, length: int) -> AsyncIterator[None]:
+        """While inside, no other request of this node overlaps the range, rounded out to whole blocks: for one that looks
+        and then acts on what it saw, with the driver's own methods."""
+        request = await self._begin_serialising(offset, length, max(self._block(), 1))
+        try:
+            yield
+        finally:
+            self._end(request)
 
     # -- where -----------------------------------------------------------------------------------------------------
     async def map(self, offset: int, length: int) -> Segment:

@@ -17,8 +17,8 @@ from livedisk.emulator.qmp.qapi import define_alternate, define_union
 
 
 def driver_options() -> Mapping[str, type[msgspec.Struct]]:
-    """The options class of every registered driver, by the driver's name."""
-    return {name: driver.Options for name, driver in DRIVERS.items()}
+    """The options class of every registered driver that users may open, by the driver's name."""
+    return {name: driver.Options for name, driver in DRIVERS.items() if not driver.internal}
 
 
 define_union(BlockdevOptions, "driver", driver_options)

@@ -22,6 +22,13 @@ if TYPE_CHECKING:
     from livedisk.emulator.qmp.object_commands import Objects
 
 
+class Extension(Protocol):
+    """What a plugin keeps for as long as the emulator lives."""
+
+    async def close(self) -> None:
+        """The emulator ends: give everything back. Exports, devices and nodes are still there."""
+
+
 class Daemon(Protocol):
     """The running emulator, as commands see it."""
 
@@ -52,6 +59,10 @@ class Daemon(Protocol):
     @property
     def objects(self) -> Objects:
         """What object-add made."""
+
+    @property
+    def extensions(self) -> dict[type, Extension]:
+        """What plugins keep, by its class. Closed in the order of their making, when the emulator ends."""
 
     @property
     def uuid(self) -> str:
