@@ -117,7 +117,7 @@ class Driver(ABC):
 
     def write_now(self, offset: int, data: memoryview) -> bool:
         """Write without awaiting, allocating if need be: True; or False, having changed nothing: `write` does it. Optional, for
-        speed; called from the fast path while no request is in flight on the node. Raises OSError as `write` does."""
+        speed; called from the fast path while no request in flight touches the range. Raises OSError as `write` does."""
         return False
 
     async def write_zeroes(self, offset: int, length: int, flags: ZeroFlags) -> None:

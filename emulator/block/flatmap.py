@@ -383,9 +383,11 @@ class FlatMap:
         return DATA
 
     def _write_now(self, offset: int, view: memoryview) -> int:
-        """Ask the node's driver to allocate and write at once, while no slow request is in flight there."""
+        """Ask the node's driver to allocate and write at once, while no slow request touches the range."""
         root = self._root
-        if root is None or not self._may_write or root.busy or root.detect_zeroes is not DetectZeroes.OFF:
+        if root is None or not self._may_write or root.detect_zeroes is not DetectZeroes.OFF:
+            return MISS
+        if root.busy and root.overlapped(offset, len(view)):
             return MISS
         try:
             if not root.driver.write_now(offset, view):

@@ -96,10 +96,12 @@ class Writer:
                 position += await self._allocating(at, data[position : position + min(run.length, MAX_MERGED)])
 
     def write_now(self, offset: int, data: memoryview) -> bool:
-        """An allocating write of which everything is at hand, done without awaiting. False: nothing was changed. Raises OSError."""
-        image, tables = self.image, self.image.tables
-        size, length = image.geometry.cluster_size, len(data)
-        if self._claims or image.bitmaps_trusted or not image.ready_to_allocate or image.writeback.urgent:
+        """An allocating write of which everything is at hand, without awaiting. False: nothing was changed. Raises OSError."""
+        image, tables, length = self.image, self.image.tables, len(data)
+        size = image.geometry.cluster_size
+        if self._claims and self._conflict(offset // size * size, offset + length) is not None:
+            return False
+        if image.bitmaps_trusted or not image.ready_to_allocate or image.writeback.urgent:
             return False
         found = tables.owned(offset)
         if found is None or found[0].data[found[1] * tables.words] > ZERO:
