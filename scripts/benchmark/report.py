@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import statistics
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
@@ -100,6 +102,17 @@ def markdown(result: Result) -> str:
         f"medians of {result.plan.runs} runs of {result.plan.seconds:g} s, disks of {result.plan.size // MIB} MiB."
     )
     return "\n".join(lines)
+
+
+def put_into(page: Path, result: Result, drawing: Path) -> None:
+    """Replace what stands between the page's two ``bench`` comments by the picture and the table."""
+    begin, end = "<!-- bench -->", "<!-- end of bench -->"
+    before, found, rest = page.read_text().partition(begin)
+    _, found_end, after = rest.partition(end)
+    if not (found and found_end):
+        raise ValueError(f"{page} lacks {begin} or {end}")
+    picture = f"![Throughput relative to qemu-storage-daemon]({os.path.relpath(drawing, page.parent)})"
+    page.write_text(f"{before}{begin}\n{picture}\n\n{markdown(result)}\n{end}{after}")
 
 
 def _figure(result: Result, workload: Workload, server: str) -> str:
