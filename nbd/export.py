@@ -8,8 +8,10 @@ implements this Protocol. Two ways in:
 * the coroutines are the *slow path*: whatever the fast path declined. They may run concurrently with each other
   and finish in any order.
 
-Invariants: the server checks range, alignment, read-only and payload limits before either way is called, so
-``0 <= offset`` and ``offset + length <= size`` hold and ``length > 0`` (but see `flush`). Offsets and lengths are bytes.
+Invariants: the server checks range, read-only and payload limits before either way is called, so ``0 <= offset`` and
+``offset + length <= size`` hold and ``length > 0`` (but see `flush`). Offsets and lengths are bytes. Requests on the fast path
+are multiples of ``min_block``; those on the slow path need not be: like QEMU, the server advertises block sizes but serves
+clients that do not keep to them, so an export with large blocks reads, modifies and writes.
 Failures are `OSError` with an ``errno`` that the server maps to an NBD error (proto.md, "Error values").
 """
 
