@@ -15,6 +15,7 @@ file it names. So an image's driver never opens a name itself; it asks here, and
 from __future__ import annotations
 
 import json
+import logging
 import os
 import re
 from collections.abc import Callable, Iterator
@@ -28,6 +29,7 @@ from livedisk.emulator.block.options import BlockdevOptions
 from livedisk.emulator.block.permissions import Role
 from livedisk.emulator.errors import BlockError
 
+log = logging.getLogger(__name__)
 UNSET = msgspec.UNSET
 _PROTOCOL: Final = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*):")
 _MAGICS: Final[tuple[tuple[str, int, bytes], ...]] = (
@@ -119,6 +121,9 @@ async def open_backing(node: Node, ref: Any, filename: str | None, fmt: str | No
     Raises BlockError or OSError; what was opened is closed then.
     """
     role = Role.COW
+    if ref == "":
+        log.warning('Use of "backing": "" is deprecated; use "backing": null instead')
+        ref = None
     if ref is None:
         return None
     if ref is UNSET and not filename:

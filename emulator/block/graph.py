@@ -136,7 +136,9 @@ class Graph:
         try:
             return self.attach_child(node, child, name, role)
         except BaseException:
-            await self.release(child)
+            # A named node is not ours to close; it may even be ``node``, half open.
+            if not isinstance(ref, str):
+                await self.release(child)
             raise
 
     # -- structure (synchronous) -------------------------------------------------------------------------------------

@@ -21,6 +21,9 @@ BlockdevRefOrNull = Annotated[Any, msgspec.Meta(extra={"qapi": "BlockdevRefOrNul
 """A child as `BlockdevRef`, or None: explicitly no child (``"backing": null``). Absent is `msgspec.UNSET`: the
 default."""
 
+Natural = Annotated[int, msgspec.Meta(ge=0, lt=1 << 63, extra={"qapi": "natural"})]
+"""Bytes or seconds: QAPI's ``int``, which takes no suffix, and below zero is out of range."""
+
 Size = Annotated[int, msgspec.Meta(ge=0, extra={"qapi": "size"})]
 """Bytes; on the command line with an optional suffix k, M, G, T, P, E."""
 

@@ -195,7 +195,7 @@ class FileDriver(Driver):
             return True, length  # the file system does not say
 
     def specific_info(self) -> Mapping[str, Any]:
-        return {"type": self.name, "data": {}}
+        return {"type": "file", "data": {}}  # of a host_device too, as in QEMU
 
     async def allocated_size(self) -> int:
         return os.fstat(self.host.fd).st_blocks * 512

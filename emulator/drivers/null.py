@@ -16,7 +16,7 @@ import msgspec
 
 from livedisk.emulator.block.driver import Driver, register
 from livedisk.emulator.block.node import fill_zeroes
-from livedisk.emulator.block.options import BlockdevOptions, Size
+from livedisk.emulator.block.options import BlockdevOptions, Natural
 from livedisk.emulator.block.status import BlockStatus, Status
 from livedisk.emulator.block.types import Kind, Segment, ZeroFlags, whole_sectors
 from livedisk.emulator.errors import BlockError
@@ -27,7 +27,7 @@ Nanoseconds = Annotated[int, msgspec.Meta(ge=0, extra={"qapi": "uint64"})]
 class NullOptions(BlockdevOptions):
     """What a null disk takes."""
 
-    size: Size = 1 << 30
+    size: Natural = 1 << 30
     """Bytes that it shows."""
     latency_ns: Nanoseconds = 0
     """How long every request takes at least, in nanoseconds."""

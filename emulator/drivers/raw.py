@@ -15,7 +15,7 @@ import msgspec
 
 from livedisk.emulator.block.driver import Driver, register
 from livedisk.emulator.block.node import Edge
-from livedisk.emulator.block.options import BlockdevOptions, BlockdevRef, Size
+from livedisk.emulator.block.options import BlockdevOptions, BlockdevRef, Natural
 from livedisk.emulator.block.permissions import Perm, Role
 from livedisk.emulator.block.types import SECTOR, HostOffset, Kind, Preallocation, Segment, ZeroFlags, whole_sectors
 from livedisk.emulator.errors import BlockError
@@ -26,9 +26,9 @@ class RawOptions(BlockdevOptions):
 
     file: BlockdevRef
     """The node that has the bytes."""
-    offset: Size = 0
+    offset: Natural = 0
     """Where the image begins in the file, bytes."""
-    size: Size | msgspec.UnsetType = msgspec.UNSET
+    size: Natural | msgspec.UnsetType = msgspec.UNSET
     """Bytes of the image; absent: up to the end of the file."""
 
 

@@ -50,12 +50,13 @@ class IntegerKind(msgspec.Struct, frozen=True):
 
     @property
     def signed(self) -> bool:
-        return self.low < 0
+        return self.name.startswith("int")
 
 
 def _kinds() -> dict[str, IntegerKind]:
     kinds = {
         "int": IntegerKind("int", -(2**63), 2**63 - 1, "int64_t"),
+        "natural": IntegerKind("int", 0, 2**63 - 1, "int64_t"),
         "size": IntegerKind("size", 0, 2**64 - 1, "uint64_t"),
     }
     for bits in (8, 16, 32, 64):
@@ -65,7 +66,8 @@ def _kinds() -> dict[str, IntegerKind]:
 
 
 INTEGERS: Final = _kinds()
-"""QAPI's integer types by name. ``size`` takes suffixes (K, M, G...) in ``key=value`` syntax."""
+"""QAPI's integer types by name. ``size`` takes suffixes (K, M, G...) in ``key=value`` syntax. ``natural`` is ours: QAPI's
+``int`` where QEMU's drivers refuse what is below zero."""
 
 Int8 = Annotated[int, Meta(extra={"qapi": "int8"})]
 Int16 = Annotated[int, Meta(extra={"qapi": "int16"})]

@@ -31,7 +31,7 @@ import msgspec
 
 from livedisk.emulator.errors import ParameterError
 from livedisk.emulator.qmp.model import Alternate, Array, Enum, Integer, Member, Object, Scalar, Type, describe
-from livedisk.emulator.qmp.qapi import IntegerKind
+from livedisk.emulator.qmp.qapi import INTEGERS, IntegerKind
 
 T = TypeVar("T")
 _MISSING: Final = object()
@@ -218,6 +218,8 @@ def _json_integer(syntax: Syntax, value: Any, place: Place, kind: IntegerKind) -
 
 
 def _in_range(value: int, place: Place, kind: IntegerKind) -> int:
+    if value < 0 and kind == INTEGERS["natural"]:
+        raise ParameterError(f"Value '{value}' is out of range for parameter '{place.short}'")
     if not kind.low <= value <= kind.high:
         raise ParameterError(f"Parameter '{place.short}' expects {kind.word}")
     return value

@@ -34,8 +34,6 @@ from livedisk.emulator.errors import BlockError, ImageError
 
 log = logging.getLogger(__name__)
 
-log = logging.getLogger(__name__)
-
 
 class _Prepared(msgspec.Struct):
     """What a reopen will switch to."""

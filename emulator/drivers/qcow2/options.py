@@ -11,7 +11,7 @@ from typing import Annotated, Any, Final
 import msgspec
 
 from livedisk.emulator.block.node import Node
-from livedisk.emulator.block.options import BlockdevOptions, BlockdevRef, BlockdevRefOrNull, Size
+from livedisk.emulator.block.options import BlockdevOptions, BlockdevRef, BlockdevRefOrNull, Natural
 from livedisk.emulator.block.types import Discard
 from livedisk.emulator.drivers.qcow2.geometry import MIN_CLUSTER_BITS
 from livedisk.emulator.drivers.qcow2.header import Header
@@ -84,11 +84,11 @@ class Qcow2Options(BlockdevOptions, kw_only=True):
     pass_discard_other: bool | Unset = UNSET
     discard_no_unref: bool | Unset = UNSET
     overlap_check: OverlapChecks = UNSET
-    cache_size: Size | Unset = UNSET
-    l2_cache_size: Size | Unset = UNSET
-    l2_cache_entry_size: Size | Unset = UNSET
-    refcount_cache_size: Size | Unset = UNSET
-    cache_clean_interval: Size | Unset = UNSET
+    cache_size: Natural | Unset = UNSET
+    l2_cache_size: Natural | Unset = UNSET
+    l2_cache_entry_size: Natural | Unset = UNSET
+    refcount_cache_size: Natural | Unset = UNSET
+    cache_clean_interval: int | Unset = UNSET
     encrypt: Encryption | Unset = UNSET
     data_file: BlockdevRef = UNSET
 
@@ -135,7 +135,7 @@ def overlap_sections(options: Qcow2Options) -> Section:
 def clean_interval(options: Qcow2Options) -> int:
     """Seconds between two drops of unused cache entries; 0: never."""
     interval = int(pick(options.cache_clean_interval, DEFAULT_CLEAN_INTERVAL))
-    if interval >= 1 << 32:
+    if not 0 <= interval < 1 << 32:
         raise BlockError("Cache clean interval too big")
     return interval
 

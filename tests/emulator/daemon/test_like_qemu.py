@@ -105,6 +105,16 @@ SCRIPTS: dict[str, list[Step]] = {
         *map(delete, ["n0", "zz", "node-A", "file", "r0", "n0", "r1", "ext"]),
         *LOOK,
     ],
+    "numbers, and nodes that name themselves": [
+        *(add("null-co", "x", size=size) for size in (1.5, "4k", 1 << 63)),
+        *(add("raw", "x", file=file("r.raw"), **{key: value}) for key in ("offset", "size") for value in (-1, "4k")),
+        *(add("qcow2", "x", file=file("b.qcow2"), l2_cache_size=size) for size in (-1, 1.5)),
+        *(add("qcow2", "x", file=file("b.qcow2"), cache_clean_interval=seconds) for seconds in (-1, 1 << 32)),
+        add("qcow2", "x", file=file("ext.qcow2"), data_file="x"),
+        add("qcow2", "x", file=file("rel.qcow2"), backing=""),
+        add("host_device", "h", filename="/dev/null"),
+        *LOOK,
+    ],
     "resize": [
         add("raw", "r", file=file("r.raw")),
         add("raw", "ro", file=file("b.raw"), read_only=True),
