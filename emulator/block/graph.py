@@ -320,23 +320,43 @@ class Graph:
         if node.parents or node.monitor_owned or self.nodes.get(node.name) is not node:
             return
         del self.nodes[node.name]
+        failures: list[BaseException] = []
         try:
             await node.driver.close()
-        finally:
-            for edge in list(node.children.values()):
-                self._detach(edge)
+        except BaseException as error:
+            failures.append(error)
+        for edge in list(node.children.values()):
+            self._detach(edge)
+            try:
                 await self.release(edge.node)
-            self.refresh_permissions()
-            self.changed()
+            except BaseException as error:
+                failures.append(error)
+        self.refresh_permissions()
+        self.changed()
+        if failures:
+            raise failures[0]
 
     async def close(self) -> None:
-        """Take every backend off, then close every node, parents first. Nothing is in flight."""
+        """Take every backend off, then close every node, parents first. Nothing is in flight.
+
+        What cannot be closed keeps nothing else from being closed: other images must get to the disk what they hold. The
+        first failure is raised at the end.
+        """
+        failures: list[BaseException] = []
         for backend in list(self.backends):
-            await self.detach_root(backend)
+            try:
+                await self.detach_root(backend)
+            except BaseException as error:
+                failures.append(error)
         while self.nodes:
             top = next(node for node in self.nodes.values() if not node.parents)  # there is one: no cycles
             top.monitor_owned = False
-            await self.release(top)
+            try:
+                await self.release(top)
+            except BaseException as error:
+                failures.append(error)
+        if failures:
+            raise failures[0]
 
     # -- looking -----------------------------------------------------------------------------------------------------
     def below(self, node: Node) -> list[Node]:
@@ -393,8 +413,9 @@ class Graph:
         self._drains.append(drain)
         try:
             drain.extend()
-            for backend in list(drain.held):
-                await backend.idle()
+            # Looked at anew each time: the drain may have come to hold more while one was waited for.
+            while busy := next((backend for backend in drain.held if backend.in_flight), None):
+                await busy.idle()
             yield
         finally:
             self._drains.remove(drain)

@@ -148,7 +148,16 @@ class FileDriver(Driver):
         return os.fstat(self.host.fd).st_size
 
     async def close(self) -> None:
-        os.close(self.host.fd)
+        """What was written is on stable storage when the file is closed in order, as with QEMU (bdrv_close). Raises
+        OSError if it may not be, unless an earlier flush told that; the file is closed in any case."""
+        try:
+            if not (self.node.read_only or self.node.cache_no_flush or self._sync_error):
+                await self.flush()
+        except OSError as error:
+            if error.errno not in (errno.EINVAL, errno.EROFS):  # a special file, which has nothing to put there
+                raise
+        finally:
+            os.close(self.host.fd)
 
     async def inactivate(self) -> None:
         """Let another process have the file: everything is on it, and it is not locked."""
@@ -219,7 +228,8 @@ class FileDriver(Driver):
         fd = self.host.fd
         if flags & ZeroFlags.MAY_UNMAP and self._try_punch(offset, length):
             if offset + length > os.fstat(fd).st_size:
-                os.ftruncate(fd, offset + length)
+                # Not ftruncate: the file may have grown meanwhile, and would be cut.
+                fallocate.fallocate(fd, 0, offset + length - 1, 1)
             return
         if not self._lacks_zero_range:
             try:

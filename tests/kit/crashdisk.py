@@ -29,6 +29,8 @@ class Platter:
 
     def write(self, offset: int, data: bytes) -> None:
         """A volatile write; the disk grows as needed."""
+        if not data:
+            return  # in ``pending`` no data means a cut
         end = offset + len(data)
         if end > len(self.now):
             self.now.extend(bytes(end - len(self.now)))
@@ -46,6 +48,21 @@ class Platter:
         self.durable = bytes(self.now)
         self.pending.clear()
         self.flushes += 1
+
+    def flush_up_to(self, last: tuple[int, bytes] | None) -> None:
+        """The pending writes up to and with ``last`` (that very object) are durable; None, or one that is not pending any
+        more: nothing changes."""
+        count = next((number for number, write in enumerate(self.pending, 1) if write is last), 0)
+        durable = bytearray(self.durable)
+        for offset, data in self.pending[:count]:
+            if not data:
+                del durable[offset:]
+                durable.extend(bytes(offset - len(durable)))
+            else:
+                durable.extend(bytes(max(offset + len(data) - len(durable), 0)))
+                durable[offset : offset + len(data)] = data
+        self.durable = bytes(durable)
+        del self.pending[:count]
 
     def after_power_cut(self, seed: int) -> bytes:
         """One of the contents that the disk might have if the power failed now."""

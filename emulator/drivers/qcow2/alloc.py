@@ -286,32 +286,43 @@ class Allocator:
                 continue
             try:
                 await self._lower(entry)
-            except OSError:
-                self.retired.append(entry)
+            except BaseException:
                 self.retired += entries
                 raise
 
     async def _lower(self, entry: Retired) -> None:
-        per_block = self.refcounts.per_block
-        first = entry.offset // self.cluster_size
-        last = (entry.offset + entry.length - 1) // self.cluster_size
+        """Lower the refcounts of one entry, block by block. Raises OSError, and what is left of the entry is retired again:
+        no cluster loses two references for one."""
+        size, per_block = self.cluster_size, self.refcounts.per_block
+        first = entry.offset // size
+        last = (entry.offset + entry.length - 1) // size
         while first <= last:
             part = min(last + 1, (first // per_block + 1) * per_block) - first
-            block = await self.refcounts.block(first // per_block)
-            counts = self.refcounts.counts(block, first, part) if block is not None else []
-            if not counts or 0 in counts:
-                text = f"Refcount of cluster {first * self.cluster_size:#x} is 0, but the cluster was in use"
-                await self.storage.corrupt(Damage(text, fatal=False))
-                return
-            if entry.punch and max(counts) == 1:
-                await self._punch(first, part)
-                block = await self.refcounts.block(first // per_block)
-            assert block is not None
-            for at, count in enumerate(counts, first):
-                self.refcounts.change(block, at, count - 1)
-                if count == 1:
-                    self._freed(at)
+            try:
+                if not await self._lower_part(first, part, punch=entry.punch):
+                    return
+            except BaseException:
+                self.retired.append(entry._replace(offset=first * size, length=(last + 1 - first) * size))
+                raise
             first += part
+
+    async def _lower_part(self, first: int, part: int, *, punch: bool) -> bool:
+        """Lower the refcounts of clusters that one block describes. False, having told of it, if the image is damaged."""
+        block = await self.refcounts.block(first // self.refcounts.per_block)
+        counts = self.refcounts.counts(block, first, part) if block is not None else []
+        if not counts or 0 in counts:
+            text = f"Refcount of cluster {first * self.cluster_size:#x} is 0, but the cluster was in use"
+            await self.storage.corrupt(Damage(text, fatal=False))
+            return False
+        if punch and max(counts) == 1:
+            await self._punch(first, part)
+            block = await self.refcounts.block(first // self.refcounts.per_block)
+        assert block is not None
+        for at, count in enumerate(counts, first):
+            self.refcounts.change(block, at, count - 1)
+            if count == 1:
+                self._freed(at)
+        return True
 
     async def used_end(self) -> int | None:
         """Where the last used cluster of the file ends (bytes); None if no refcounts are known."""

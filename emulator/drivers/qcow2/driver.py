@@ -208,7 +208,7 @@ class Qcow2(Driver):
         settings = (
             opts.cache_sizes(options, header),
             opts.overlap_sections(options),
-            opts.discard_policy(options, self.node, header),
+            opts.discard_policy(options, self.node.reopening or self.node, header),
             opts.lazy_refcounts(options, header),
             opts.clean_interval(options),
         )

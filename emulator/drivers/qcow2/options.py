@@ -12,6 +12,7 @@ import msgspec
 
 from livedisk.emulator.block.node import Node
 from livedisk.emulator.block.options import BlockdevOptions, BlockdevRef, BlockdevRefOrNull, Natural
+from livedisk.emulator.block.settings import Settings
 from livedisk.emulator.block.types import Discard
 from livedisk.emulator.drivers.qcow2.geometry import MIN_CLUSTER_BITS
 from livedisk.emulator.drivers.qcow2.header import Header
@@ -106,7 +107,7 @@ def lazy_refcounts(options: Qcow2Options, header: Header) -> bool:
     return lazy
 
 
-def discard_policy(options: Qcow2Options, node: Node, header: Header) -> DiscardPolicy:
+def discard_policy(options: Qcow2Options, node: Node | Settings, header: Header) -> DiscardPolicy:
     """Which discards are passed on. Raises BlockError on version 2 with ``discard-no-unref``."""
     no_unref = bool(pick(options.discard_no_unref, False))
     if no_unref and header.version < 3:

@@ -130,6 +130,10 @@ class Writer:
                 claim.done = asyncio.get_running_loop().create_future()
             await asyncio.shield(claim.done)
 
+    def claimed(self, start: int, end: int) -> bool:
+        """Whether an allocation is under way in these guest clusters (bytes)."""
+        return self._conflict(start, end) is not None
+
     def _conflict(self, start: int, end: int) -> _Claim | None:
         for claim in self._claims:
             if claim.start < end and start < claim.end:
@@ -194,7 +198,10 @@ class Writer:
         if node.detect_zeroes is not DetectZeroes.OFF or node.write_threshold:
             return False
         host_file, at = node.driver.host, plan.host - plan.start + offset
-        if not host_file.inline_writes or (plan.new and image.storage.guard.hit(at, len(data)) is not None):
+        if not host_file.inline_writes:
+            return False
+        # Also where the cluster was there already: a damaged entry may say that metadata's place is its own.
+        if not image.storage.has_data_file and image.storage.guard.hit(at, len(data)) is not None:
             return False
         try:
             host_file.write_blocking(at, data)

@@ -132,8 +132,12 @@ class Zeroer:
         image = self.image
         size, granule = image.geometry.cluster_size, image.geometry.subcluster_size
         cluster = start // size * size
-        await image.writer.settled(cluster, cluster + size)
-        table, index = await image.tables.own(start)
+        while True:
+            table, index = await image.tables.own(start)
+            if not image.writer.claimed(cluster, cluster + size):
+                break
+            # A write to other subclusters is about to publish what it copied of ours; own() awaited, so look again after.
+            await image.writer.settled(cluster, cluster + size)
         if table.data[2 * index] & COMPRESSED:
             await image.writer.write(start, _ZEROES[: stop - start])
             return

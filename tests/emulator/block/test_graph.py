@@ -202,3 +202,33 @@ def test_closing_takes_off_what_is_still_attached() -> None:
         assert disk.root is None
 
     graph_test(body)
+
+
+def test_a_node_that_cannot_be_closed_keeps_no_other_from_being_closed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The other images must get to the disk what they hold, also those below the one that failed."""
+    closed: list[str] = []
+
+    async def run() -> None:
+        graph = new_graph()
+        for name in ("one", "two"):
+            create(tmp_path / name, 1 << 20)
+            file = {"driver": "file", "node-name": f"{name}-file", "filename": str(tmp_path / name)}
+            node = await graph.add(parse({"driver": "qcow2", "node-name": name, "file": file}))
+            for each in (node, node.file.node):
+                real = each.driver.close
+
+                async def close(name: str = each.name, real: Callable[[], Awaitable[None]] = real) -> None:
+                    closed.append(name)
+                    await real()
+                    if name == "one":
+                        raise OSError(28, "No space left on device")
+
+                monkeypatch.setattr(each.driver, "close", close)
+        with pytest.raises(OSError, match="No space left on device"):
+            await graph.close()
+        assert not graph.nodes
+
+    asyncio.run(run())
+    assert sorted(closed) == ["one", "one-file", "two", "two-file"]

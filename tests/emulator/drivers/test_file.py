@@ -397,3 +397,50 @@ def test_a_backend_without_the_permission_may_not_write_or_resize(folder: Path) 
                 await disk.truncate(512)
 
     asyncio.run(run())
+
+
+@pytest.mark.parametrize("read_only", [False, True])
+def test_a_file_that_is_closed_in_order_is_on_stable_storage(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, read_only: bool
+) -> None:
+    synced: list[int] = []
+    monkeypatch.setattr(os, "fdatasync", synced.append)
+
+    async def run() -> None:
+        graph = new_graph()
+        await graph.add(
+            parse({"driver": "file", "node-name": "f", "filename": str(folder / "disk.raw"), "read-only": read_only})
+        )
+        await graph.close()
+
+    asyncio.run(run())
+    assert len(synced) == (0 if read_only else 1)
+
+
+def test_zeroes_past_the_end_never_cut_what_another_write_added_meanwhile(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The file grows between the look at its size and the step that makes it long enough."""
+    path = folder / "growing.raw"
+    path.write_bytes(b"x" * 4096)
+
+    async def run() -> None:
+        graph = new_graph()
+        node = await graph.add(
+            parse({"driver": "file", "node-name": "f", "filename": str(path), "discard": "unmap"})
+        )
+        real = os.fstat
+
+        def late(fd: int) -> os.stat_result:
+            found = real(fd)
+            os.pwrite(fd, b"later", 1 << 20)
+            return found
+
+        with monkeypatch.context() as patched:
+            patched.setattr(os, "fstat", late)
+            await node.driver.write_zeroes(4096, 65536, ZeroFlags.MAY_UNMAP)
+        await graph.close()
+
+    asyncio.run(run())
+    assert path.read_bytes()[1 << 20 :] == b"later"
+    assert path.read_bytes()[: 1 << 20] == (b"x" * 4096).ljust(1 << 20, b"\0")
