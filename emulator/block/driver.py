@@ -13,7 +13,7 @@ import errno
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Final
 
 import msgspec
 
@@ -25,6 +25,12 @@ from livedisk.emulator.errors import BlockError
 if TYPE_CHECKING:
     from livedisk.emulator.block.node import Edge, Node
     from livedisk.emulator.block.status import BlockStatus
+
+
+ZERO_GRANULE: Final = -1
+"""`Driver.sift`: reads as zeroes."""
+SLOW_GRANULE: Final = -2
+"""`Driver.sift`: the slow path must ask the node, always."""
 
 
 class Driver(ABC):
@@ -104,6 +110,16 @@ class Driver(ABC):
 
     async def load(self, offset: int, length: int) -> None:
         """Read the metadata that `map` needs for the start of this range."""
+
+    def sift(self, shift: int, granules: list[int], found: dict[int, int]) -> tuple[list[int], Edge] | None:
+        """Many answers of `map` at once, for the flat map: where `map` would cost more than the request that it is for.
+
+        For each granule (of ``1 << shift`` bytes, ascending numbers) that one cluster answers for, put into ``found`` its host
+        offset in the edge that is returned, plus 1 where it may be written in place; or `ZERO_GRANULE`; or `SLOW_GRANULE`.
+        Return the granules of which this node says nothing (ask its backing file), and that edge. A granule in neither needs
+        metadata that is not in memory. None: this image cannot; ask `map` for one after the other.
+        """
+        return None
 
     # -- moving bytes; reads of DATA, ZERO and UNALLOCATED segments never come here
     # -------------------------------------

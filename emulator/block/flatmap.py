@@ -24,6 +24,7 @@ import os
 from array import array
 from typing import TYPE_CHECKING, Final
 
+from livedisk.emulator.block.driver import SLOW_GRANULE, ZERO_GRANULE
 from livedisk.emulator.block.hostfile import HostFile
 from livedisk.emulator.block.node import fill_zeroes
 from livedisk.emulator.block.permissions import Perm
@@ -31,7 +32,7 @@ from livedisk.emulator.block.types import DetectZeroes, Kind, NotMapped
 
 if TYPE_CHECKING:
     from livedisk.emulator.block.backend import BlockBackend
-    from livedisk.emulator.block.node import DirtyTracker, Node
+    from livedisk.emulator.block.node import DirtyTracker, Edge, Node
 
 MISS: Final = 0
 DATA: Final = 1
@@ -45,6 +46,8 @@ MAX_REGIONS: Final = 1024
 """At most 32 MiB a map, whatever the disk's size."""
 FILL_AHEAD: Final = 16
 """Granules resolved at once where the chain answers for them in one segment."""
+SIFT: Final = 64
+"""Granules sifted at once (a divisor of `REGION`)."""
 MAX_INDEX: Final = 255
 """Files a map can tell apart (less 2); granules of further ones take the slow path."""
 
@@ -179,6 +182,9 @@ class FlatMap:
         if not self._ready and not self._prepare():
             return 0
         shift = self._shift
+        entry = self._sift(granule)
+        if entry:
+            return entry
         start = granule << shift
         limit = min(self._size, ((granule | (REGION - 1)) + 1) << shift, start + (FILL_AHEAD << shift))
         found = self._resolve(start, limit - start)
@@ -195,6 +201,55 @@ class FlatMap:
             entry = self._file_entry(file, host, in_place=in_place)
         self._store(granule, entry, count, 1 << shift if entry & _CODE > _SLOW else 0)
         return entry
+
+    def _sift(self, granule: int) -> int:
+        """Resolve a granule and those around it, layer by layer, where the drivers can (`Driver.sift`): a deep chain costs a
+        table look-up a layer, not a request's path. Returns its entry, or 0 where that is to be found out otherwise."""
+        node, shift = self._root, self._shift
+        assert node is not None
+        first = granule & -SIFT
+        left = list(range(first, min(first + SIFT, -(-self._size >> shift))))
+        region = self._regions.get(granule >> REGION_BITS)
+        if region is not None:
+            base = granule & -REGION
+            left = [number for number in left if not region[number - base]]
+        in_place = self._may_write and node.detect_zeroes is DetectZeroes.OFF
+        while left:
+            found: dict[int, int] = {}
+            below = node.driver.sift(shift, left, found)
+            if below is None:
+                break
+            left, edge = below
+            if found:
+                self._keep(found, edge, in_place=in_place and not node.read_only)
+            backing = node.backing
+            if backing is None:
+                self._keep(dict.fromkeys(left, ZERO_GRANULE), edge, in_place=False)
+                break
+            ended = [number for number in left if number << shift >= backing.node.size]
+            self._keep(dict.fromkeys(ended, ZERO_GRANULE), edge, in_place=False)
+            left = [
+                n for n in left if min((n + 1) << shift, self._size) <= backing.node.size
+            ]  # not what straddles its end
+            node, in_place = backing.node, False
+        region = self._regions.get(granule >> REGION_BITS)
+        return 0 if region is None else region[granule & (REGION - 1)]
+
+    def _keep(self, found: dict[int, int], edge: Edge, *, in_place: bool) -> None:
+        """Store what a driver sifted, with host offsets behind ``edge``, which must lead straight to a host file."""
+        file, base, size, direct = straight(edge)
+        for granule, where in found.items():
+            if where == ZERO_GRANULE:
+                entry = _ZERO
+            elif where == SLOW_GRANULE:
+                entry = _SLOW
+            else:
+                host = where & ~1
+                # Past the file's end: not kept, it can grow without a word. No host file: `_resolve` knows what to do.
+                if file is None or host + (1 << self._shift) > size:
+                    continue
+                entry = self._file_entry(file, base + host, in_place=in_place and direct and bool(where & 1))
+            self._store(granule, entry, 1, 0)
 
     def _mixed(self, start: int, length: int) -> int:
         """The entry of a granule that several segments make up: zero if all are, else slow; 0 if one cannot be kept."""
@@ -264,7 +319,7 @@ class FlatMap:
         index = code >> 1
         try:
             done = _preadv(self._fds[index], (view,), (entry & _OFFSET) + inside, self._read_flags[index])
-        except BlockingIOError:
+        except OSError:
             return MISS
         return DATA if done == length else MISS
 
@@ -396,6 +451,27 @@ class FlatMap:
             return MISS
         root.written(offset, len(view))
         return DATA
+
+
+def straight(edge: Edge) -> tuple[HostFile | None, int, int, bool]:
+    """The host file that a node's bytes stand in, all in one run: file, host offset of the first byte, bytes, and whether
+    they may be written past the nodes between. File None: it is not so."""
+    node, base, in_place = edge.node, 0, True
+    size = node.size
+    while size:
+        segment = node.driver.map(base, size)
+        if segment.kind is not Kind.DATA or segment.length != size:
+            break
+        in_place = (
+            in_place
+            and segment.in_place
+            and not (node.read_only or node.trackers or node.detect_zeroes is not DetectZeroes.OFF)
+        )
+        if isinstance(segment.source, HostFile):
+            return segment.source, segment.offset, size, in_place
+        assert segment.source is not None
+        node, base = segment.source.node, segment.offset
+    return None, 0, 0, False
 
 
 def chain_granularity(root: Node) -> int:

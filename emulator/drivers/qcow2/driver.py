@@ -21,7 +21,7 @@ import msgspec
 
 from livedisk.emulator.block import gate
 from livedisk.emulator.block.driver import Driver, register
-from livedisk.emulator.block.node import Node
+from livedisk.emulator.block.node import Edge, Node
 from livedisk.emulator.block.options import BlockdevOptions
 from livedisk.emulator.block.permissions import Role
 from livedisk.emulator.block.types import Preallocation, Segment, ZeroFlags
@@ -151,6 +151,9 @@ class Qcow2(Driver):
 
     def map(self, offset: int, length: int) -> Segment:
         return self.image.map(offset, length)
+
+    def sift(self, shift: int, granules: list[int], found: dict[int, int]) -> tuple[list[int], Edge] | None:
+        return self.image.sift(shift, granules, found)
 
     async def load(self, offset: int, length: int) -> None:
         await self.image.tables.load(offset)

@@ -110,9 +110,14 @@ class Tables:
         table = self.l1[offset >> self.l1_shift] & OFFSET_MASK
         return table + (index >> self._slice_shift) * self.slice_bytes, index & (self.slice_entries - 1)
 
+    def has_no_table(self, offset: int) -> bool:
+        """Whether nothing at all is allocated around a guest offset."""
+        l1_index = offset >> self.l1_shift
+        return l1_index >= len(self.l1) or not self.l1[l1_index] & OFFSET_MASK
+
     def cached(self, offset: int) -> tuple[Table[array[int]], int] | None:
         """The slice that maps a guest offset and the entry's index in it, if the table exists and the slice is in memory."""
-        if offset >> self.l1_shift >= len(self.l1) or not self.l1[offset >> self.l1_shift] & OFFSET_MASK:
+        if self.has_no_table(offset):
             return None
         at, index = self._place(offset)
         table = self.slices.get(at)
