@@ -42,6 +42,9 @@ class BlockBackend:
     the node itself, changed.
     """
 
+    of_job = False
+    """Whether it is a job's hold on a node, and no user of its own."""
+
     def __init__(self, graph: Graph, name: str = "", description: str = "") -> None:
         self.graph = graph
         self.name = name

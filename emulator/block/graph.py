@@ -305,7 +305,7 @@ class Graph:
         node = self.nodes.get(name)
         if node is None:
             raise NodeNotFound(f"Failed to find node with node-name='{name}'")
-        if any(isinstance(edge.parent, BlockBackend) for edge in node.parents):
+        if any(isinstance(edge.parent, BlockBackend) and not edge.parent.of_job for edge in node.parents):
             raise BlockError(f"Node {name} is in use")
         check_not_busy(node)
         if not node.monitor_owned:

@@ -101,7 +101,8 @@ async def x_debug_query_block_graph(ctx: Context) -> XDbgBlockGraph:
 
 
 def _draw_backend(drawing: _Drawing, backend: BlockBackend) -> None:
-    drawing.add(backend, XDbgBlockGraphNodeType.BLOCK_BACKEND, backend.name)
+    kind = XDbgBlockGraphNodeType.BLOCK_JOB if backend.of_job else XDbgBlockGraphNodeType.BLOCK_BACKEND
+    drawing.add(backend, kind, backend.name)
     if backend.root is not None:
         drawing.connect(backend.root)
 

@@ -1,0 +1,492 @@
+"""Mirrors: copy a node to another while the guest writes, and, if asked, let the guest go on from the copy.
+
+    guest ─> mirror_top ─> source            complete:  guest ─> target
+                  └ ─ ─ ─> target            cancel:    guest ─> source, the target a copy of this moment
+
+A dirty map says what the target lacks. At first that is what the mirror is to copy (`sync`); guests' writes mark more. In
+the *background* copy mode the map hangs on the filter as a dirty tracker, and writes stay on the fast path. In the
+*write-blocking* mode each write goes to the target, too, before it is acknowledged, so that nothing gets dirty and the mirror
+converges however fast the guest writes; `block-job-change` switches to it while the job runs.
+
+The loop copies dirty runs, several at once. Bits are cleared before the source is read, so that a write meanwhile sets them
+again; two copies, or a copy and a mirrored write, never work on the same bytes at a time (`Lanes`): older bytes are never
+written over newer ones. When nothing is dirty the first time the job is READY.
+
+The end (`prepare`) happens with the guest held: what is dirty by then is copied, the target flushed, and, if the job was
+completed, the guest's edges move to the target in one step. If any of it fails, the guest stays on the source.
+
+``total`` is what is done, under way and dirty, in bytes; it grows while the guest writes. Source: QEMU
+``block/mirror.c``, ``blockdev.c`` (blockdev_mirror_common); every message was asked from QEMU 10.0.2. Where we differ: between
+pending and finalize the guest is not held, as QEMU holds it; it writes on, and what it wrote is copied at finalize. A target
+that fails in the write-blocking mode never fails the guest.
+"""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar, Final
+
+import msgspec
+
+from livedisk.emulator.block import gate
+from livedisk.emulator.block.graph import Graph
+from livedisk.emulator.block.node import Node
+from livedisk.emulator.block.permissions import Perm, Role
+from livedisk.emulator.block.reopen import set_read_only
+from livedisk.emulator.block.status import allocation_depth
+from livedisk.emulator.block.transaction import Transaction
+from livedisk.emulator.block.types import Discard, ZeroFlags
+from livedisk.emulator.device.policy import Action, OnError
+from livedisk.emulator.drivers.job_filters import MirrorTop
+from livedisk.emulator.errors import BlockError
+from livedisk.emulator.qmp.context import Context
+from livedisk.jobs.block_job import BlockJob, JobBackend
+from livedisk.jobs.chains import chain, links
+from livedisk.jobs.commands import BlockJobChangeOptionsMirror, MirrorCopyMode, jobs_of
+from livedisk.jobs.copy import LANES, STEP, ZERO_STEP, CopyFailed, Lanes, copy_range, run_at
+from livedisk.jobs.dirty import DirtyMap
+from livedisk.jobs.events import IoOperation
+from livedisk.jobs.filters import insert_filter, remove_filter, skip_filters
+from livedisk.jobs.states import JobType, Status
+
+if TYPE_CHECKING:
+    from livedisk.jobs.commit import CommitOptions
+
+IDLE_LOOK: Final = 0.05
+"""Seconds between two looks at the dirty map of a mirror that has caught up."""
+RETRY_AFTER: Final = 0.1
+"""Seconds before a copy that failed, and whose error is ignored, is tried again."""
+
+
+class Sync(enum.StrEnum):
+    """What a mirror or a backup copies at first (QEMU's MirrorSyncMode)."""
+
+    TOP = "top"
+    FULL = "full"
+    NONE = "none"
+    INCREMENTAL = "incremental"
+    BITMAP = "bitmap"
+
+
+class Backing(enum.Enum):
+    """What becomes the target's backing file when the guest goes over to it."""
+
+    LEAVE = enum.auto()
+    """What it has."""
+    SOURCE = enum.auto()
+    """What the source has (sync top), the source itself (none), or nothing (full)."""
+    OPEN = enum.auto()
+    """What its header names; it was opened without."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """How to mirror.
+
+    ``base``: only layers above it are copied at first; None: the whole chain. ``nothing``: no layer is. ``stale``: the
+    target may hold other data where the source has none. ``granularity``, ``memory``: bytes. ``replaces``: the node whose
+    users go over to the target, or None: the source.
+    """
+
+    id: str | None
+    base: Node | None = None
+    nothing: bool = False
+    stale: bool = False
+    granularity: int
+    memory: int = LANES * STEP
+    speed: int = 0
+    on_source_error: OnError = OnError.REPORT
+    on_target_error: OnError = OnError.REPORT
+    unmap: bool = True
+    copy_mode: MirrorCopyMode = MirrorCopyMode.BACKGROUND
+    filter_name: str | msgspec.UnsetType = msgspec.UNSET
+    replaces: Node | None = None
+    backing: Backing = Backing.LEAVE
+    auto_finalize: bool = True
+    auto_dismiss: bool = True
+
+
+class MirrorJob(BlockJob):
+    """Mirrors ``source`` (a root node) to ``target``."""
+
+    kind = JobType.MIRROR
+    commits: ClassVar[bool] = False
+    """Whether the target is a node below the source."""
+
+    def __init__(self, graph: Graph, source: Node, target: Node, plan: Plan) -> None:
+        super().__init__(graph, plan.id, auto_finalize=plan.auto_finalize, auto_dismiss=plan.auto_dismiss)
+        self._source = source
+        self._target = target
+        self._plan = plan
+        self._mode = plan.copy_mode
+        self._dirty = DirtyMap(source.size, plan.granularity)
+        self._lanes = Lanes(max(1, min(LANES, plan.memory // STEP)))
+        self._filter: Node | None = None
+        self._reader: JobBackend
+        self._writer: JobBackend
+        self._failure: OSError | None = None
+        self._retry = False
+        self._completing = False
+        self._moved = False
+
+    @property
+    def _flags(self) -> ZeroFlags:
+        return ZeroFlags.MAY_UNMAP if self._plan.unmap else ZeroFlags.NONE
+
+    # -- setting up --------------------------------------------------------------------------------------------------
+    async def set_up(self, ctx: Context) -> None:
+        """Put the filter on, become known, hold source and target. Raises BlockError, PermissionConflict, LockError or OSError,
+        with everything as it was."""
+        try:
+            async with self.graph.drained(self._source):
+                self._filter = await insert_filter(self.graph, "mirror_top", self._source, self._plan.filter_name)
+                self._top.commits = self.commits
+                self._follow_writes()
+            self.introduce(jobs_of(ctx.daemon), self._source, self._plan.speed, Perm.NONE)
+            self._reader = self._backends[0]
+            self._hold_target()
+        except BaseException:
+            if self.status is Status.CREATED:
+                self.fail_early()
+            await self.clean()
+            raise
+
+    @property
+    def _top(self) -> MirrorTop:
+        assert self._filter is not None
+        driver = self._filter.driver
+        assert isinstance(driver, MirrorTop)
+        return driver
+
+    def _hold_target(self) -> None:
+        if self._target in chain(self._source):
+            raise BlockError("Cannot mirror to a filter on top of a node in the source's backing chain")
+        self._writer = self.hold(self._target, "target", Perm.WRITE, Perm.WRITE_UNCHANGED)
+
+    def _follow_writes(self) -> None:
+        """Learn of guests' writes in the way of the copy mode. No request is in flight on the filter."""
+        assert self._filter is not None
+        active = self._mode is MirrorCopyMode.WRITE_BLOCKING
+        self._top.mirror = self if active else None
+        if active and self._dirty in self._filter.trackers:
+            self._filter.trackers.remove(self._dirty)
+        elif not active and self._dirty not in self._filter.trackers:
+            self._filter.trackers.append(self._dirty)
+        self._filter.mapping_changed()
+
+    async def change(self, options: object) -> None:
+        """Switch the copy mode. QEMU only knows the way from background to write-blocking."""
+        if not isinstance(options, BlockJobChangeOptionsMirror) or self.kind != options.type:
+            raise BlockError("Job type does not support change")
+        if options.copy_mode is self._mode or self._filter is None:
+            return
+        async with self.graph.drained(self._filter):
+            self._mode = options.copy_mode
+            self._follow_writes()
+
+    # -- the work ----------------------------------------------------------------------------------------------------
+    async def run(self) -> None:
+        await self._check_sizes()
+        await self._mark_what_to_copy()
+        start = 0
+        while True:
+            await self.keep_speed()
+            if self._failure is not None:
+                await self._lanes.empty()
+                raise self._failure
+            if self.force_cancelled:
+                await self._lanes.empty()
+                return
+            self._account()
+            if not self._dirty.dirty:
+                if not self._lanes.idle:
+                    await self._lanes.change()
+                elif not self.ready:
+                    await self._announce_caught_up()
+                elif self._completing or self.cancelled:
+                    return
+                else:
+                    await self.sleep(IDLE_LOOK)
+                continue
+            if self.ready and self.cancelled:
+                return  # what is dirty is copied with the guest held, at a point in time
+            start = await self._copy_some(start)
+
+    async def _check_sizes(self) -> None:
+        if self._target.size != self._source.size:
+            raise BlockError("Source and target image have different sizes")
+
+    async def _mark_what_to_copy(self) -> None:
+        plan, size = self._plan, self._source.size
+        if plan.nothing:
+            return
+        if plan.stale and plan.base is None and self._target.discard_mode is not Discard.UNMAP:
+            self._dirty.mark(0, size)
+            return
+        if plan.stale:
+            for offset in range(0, size, ZERO_STEP):
+                await self.pause_point()
+                if self.cancelled:
+                    return
+                await self._writer.write_zeroes(offset, min(ZERO_STEP, size - offset), ZeroFlags.MAY_UNMAP)
+        offset = 0
+        while offset < size and not self.cancelled:
+            await self.pause_point()
+            depth, length = await allocation_depth(self._source, offset, size - offset, plan.base)
+            if depth:
+                self._dirty.mark(offset, length)
+            offset += length
+
+    def _account(self) -> None:
+        self.total = self.done + self._lanes.bytes + self._dirty.dirty
+
+    async def _announce_caught_up(self) -> None:
+        try:
+            await self._writer.flush()
+        except OSError as error:
+            self._answer_failure(CopyFailed(IoOperation.WRITE, error))
+            await self._wait_after_failure()
+            return
+        self.become_ready()
+
+    async def _copy_some(self, start: int) -> int:
+        """Start copying the next dirty run from ``start`` on, wrapping; returns where the search goes on."""
+        await self._wait_after_failure()
+        if self._failure is not None or self.paused:
+            return start
+        found = self._dirty.next(start, ZERO_STEP) or self._dirty.next(0, ZERO_STEP)
+        if found is None:
+            return 0
+        offset, length = found
+        length = await self._fit(offset, length)
+        if self._lanes.occupied(offset, length):
+            after = self._dirty.next(offset + length, STEP)
+            if after is not None and not self._lanes.occupied(*after):
+                return after[0]
+            await self._lanes.change()
+            return start
+        self._dirty.clear(offset, length)
+        await self._lanes.launch(offset, length, self._copy)
+        return offset + length
+
+    async def _fit(self, offset: int, length: int) -> int:
+        """As much of a dirty run as one copy may take: all that is zero, or one step of data; whole granules."""
+        if length <= STEP:
+            return length
+        granularity = self._plan.granularity
+        try:
+            status = await run_at(self._reader, offset, length)
+        except CopyFailed:
+            return max(STEP, granularity)  # the copy will meet it, too
+        wanted = status.length if status.zero else min(status.length, STEP)
+        return min(length, max(wanted // granularity * granularity, granularity))
+
+    async def _copy(self, offset: int, length: int) -> None:
+        try:
+            await copy_range(self._reader, self._writer, offset, length, flags=self._flags)
+        except CopyFailed as failed:
+            self._dirty.mark(offset, length)
+            self._answer_failure(failed)
+        else:
+            self.done += length
+            self.rate.account(length)
+
+    def _answer_failure(self, failed: CopyFailed) -> None:
+        """Ask the policy of the side that failed. What was to be copied is dirty again, and is tried again unless the job
+        fails."""
+        read = failed.operation is IoOperation.READ
+        policy = self._plan.on_source_error if read else self._plan.on_target_error
+        action = self.answer(policy, failed.operation, failed.error)
+        if action is Action.REPORT:
+            self._failure = self._failure or failed.error
+        self._retry = action is Action.IGNORE
+        self.wake()
+
+    async def _wait_after_failure(self) -> None:
+        if self._retry:
+            self._retry = False
+            await self.sleep(RETRY_AFTER)
+
+    async def settle(self) -> None:
+        await self._lanes.empty()
+
+    # -- writes that go to both at once (job_filters.Mirror) -----------------------------------------------------------
+    async def enter(self, offset: int, length: int) -> None:
+        await self._lanes.enter(offset, length)
+
+    def leave(self, offset: int, length: int) -> None:
+        self._lanes.leave(offset, length)
+
+    async def write(self, offset: int, data: memoryview) -> None:
+        try:
+            await self._writer.write(offset, data)
+        except OSError as error:
+            self._mirrored_write_failed(offset, len(data), error)
+        else:
+            self._dirty.clear(offset, len(data))
+
+    async def write_zeroes(self, offset: int, length: int, flags: ZeroFlags) -> None:
+        try:
+            await self._writer.write_zeroes(offset, length, flags & ~ZeroFlags.NO_FALLBACK)
+        except OSError as error:
+            self._mirrored_write_failed(offset, length, error)
+        else:
+            self._dirty.clear(offset, length)
+
+    async def discard(self, offset: int, length: int) -> None:
+        # What a discarded range reads as is up to each node: the source's answer is copied.
+        self._dirty.mark(offset, length)
+
+    def _mirrored_write_failed(self, offset: int, length: int, error: OSError) -> None:
+        self._dirty.mark(offset, length)
+        self._answer_failure(CopyFailed(IoOperation.WRITE, error))
+
+    # -- what users ask ----------------------------------------------------------------------------------------------
+    def complete(self) -> None:
+        """End with the guest on the target."""
+        self._completing = True
+
+    def soft_cancel(self) -> bool:
+        return self.ready
+
+    def details(self) -> dict[str, object]:
+        if self.kind is not JobType.MIRROR:
+            return {}
+        return {"actively_synced": self._mode is MirrorCopyMode.WRITE_BLOCKING and self.ready and not self._dirty.dirty}
+
+    # -- the outcome -------------------------------------------------------------------------------------------------
+    async def prepare(self) -> None:
+        assert self._filter is not None
+        async with self.graph.drained(self._filter):
+            await self._copy_the_rest()
+            await self._writer.flush()
+            if self._completing and not self.cancelled:
+                await self._move_users()
+                self._moved = True
+
+    async def _copy_the_rest(self) -> None:
+        """Copy what got dirty since the run ended. The guest is held."""
+        while (found := self._dirty.next(0, ZERO_STEP)) is not None:
+            offset, length = found
+            self._dirty.clear(offset, length)
+            try:
+                await copy_range(self._reader, self._writer, offset, length, flags=self._flags)
+            except CopyFailed as failed:
+                self.answer(OnError.REPORT, failed.operation, failed.error)
+                raise failed.error from failed
+            self.done += length
+        self._account()
+
+    async def _move_users(self) -> None:
+        """Let the source's users go on with the target."""
+        assert self._filter is not None
+        target = self._target
+        replaced = self._plan.replaces
+        for backend in self._backends:
+            self.graph.set_root_permissions(backend, Perm.NONE, Perm.ALL)
+        if target.read_only is not self._source.read_only:
+            await set_read_only(self.graph, target, self._source.read_only)
+        await self._settle_backing()
+        own = [backend.root for backend in self._backends if backend.root is not None]
+        old = self._filter if replaced is None or replaced is self._source else replaced
+        self.thaw()
+        async with self.graph.drained(target):
+            with Transaction() as tran:
+                self.graph.replace_node(old, target, tran, but=own)
+
+    async def _settle_backing(self) -> None:
+        image = skip_filters(self._target)
+        if self._plan.backing is Backing.OPEN and image.backing is None:
+            await gate.open_backing(image, msgspec.UNSET, image.driver.backing_filename(), image.driver.backing_format())
+        elif self._plan.backing is Backing.SOURCE and image.backing is None:
+            backing = self._source if self._plan.nothing else self._plan.base
+            if backing is not None:
+                self.graph.attach_child(image, backing, "backing", Role.COW)
+
+    async def clean(self) -> None:
+        await self._lanes.empty()
+        inserted, self._filter = self._filter, None
+        self.thaw()
+        for backend in self._backends:
+            self.graph.set_root_permissions(backend, Perm.NONE, Perm.ALL)
+        if inserted is not None:
+            driver = inserted.driver
+            assert isinstance(driver, MirrorTop)
+            async with self.graph.drained(inserted):
+                driver.mirror = None
+                if self._dirty in inserted.trackers:
+                    inserted.trackers.remove(self._dirty)
+            if inserted.parents:
+                await remove_filter(self.graph, inserted)
+            else:
+                await self.graph.release(inserted)
+        await self.let_go()
+
+
+class ActiveCommit(MirrorJob):
+    """A commit of what somebody writes to: a mirror into the base. Ended with complete, the guest is on the base; cancelled when
+    ready, it stays on top of it."""
+
+    kind = JobType.COMMIT
+    commits = True
+
+    def __init__(self, graph: Graph, source: Node, target: Node, plan: Plan) -> None:
+        super().__init__(graph, source, target, plan)
+        self._was_read_only = target.read_only
+
+    @classmethod
+    async def begin(cls, ctx: Context, top: Node, base: Node, options: CommitOptions) -> None:
+        """Set the job up and start it. Raises BlockError, PermissionConflict, LockError or OSError."""
+        plan = Plan(
+            id=options.job_id if isinstance(options.job_id, str) else None,
+            base=base,
+            granularity=default_granularity(base),
+            speed=options.speed,
+            on_source_error=options.on_error,
+            on_target_error=options.on_error,
+            filter_name=options.filter_node_name,
+            auto_finalize=options.auto_finalize,
+            auto_dismiss=options.auto_dismiss,
+        )
+        job = cls(ctx.daemon.graph, top, base, plan)
+        await job.set_up(ctx)
+        job.start()
+
+    async def set_up(self, ctx: Context) -> None:
+        if self._was_read_only:
+            await set_read_only(self.graph, self._target, False)
+        await super().set_up(ctx)
+
+    def _hold_target(self) -> None:
+        shared = Perm.CONSISTENT_READ | Perm.WRITE_UNCHANGED | Perm.WRITE
+        self.freeze(links(self._source, self._target))
+        for layer in chain(self._source)[1:]:
+            if layer is self._target:
+                break
+            self.hold(layer, "intermediate node", Perm.NONE, shared)
+        self._writer = self.hold(self._target, "target", Perm.CONSISTENT_READ | Perm.WRITE | Perm.RESIZE, shared)
+
+    async def _check_sizes(self) -> None:
+        if self._target.size < self._source.size:
+            async with self.drained(self._target):
+                await self._writer.truncate(self._source.size, exact=False)
+
+    async def clean(self) -> None:
+        target = self._target
+        await super().clean()
+        if self._was_read_only and not self._moved and self.graph.nodes.get(target.name) is target:
+            await set_read_only(self.graph, target, True)
+
+
+def default_granularity(target: Node) -> int:
+    """Bytes of a dirty map's granule for a target: its cluster size, at least 4 KiB; 64 KiB where it has none (QEMU's
+    bdrv_get_default_bitmap_granularity)."""
+    cluster = skip_filters(target).driver.cluster_size()
+    return max(4096, cluster) if cluster else 65536
+
+
+def check_root(node: Node) -> None:
+    """Raise BlockError, in QEMU's words, if another node stands on ``node``."""
+    if any(isinstance(edge.parent, Node) for edge in node.parents):
+        raise BlockError("Need a root block node")
