@@ -55,7 +55,8 @@ def _run(work: Callable[[], Coroutine[Any, Any, int]]) -> None:
     try:
         code = asyncio.run(work())
     except (LiveDiskError, OSError) as error:
-        click.echo(f"livedisk img: {error}", err=True)
+        named = isinstance(error, OSError) and error.filename
+        click.echo(f"livedisk img: {f'{error.filename}: {error.strerror}' if named else error}", err=True)
         hint = getattr(error, "hint", "")
         if hint:
             click.echo(hint, err=True)

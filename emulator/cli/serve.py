@@ -103,10 +103,14 @@ class _Order:
         qmp: str | None,
         scratch: str,
     ) -> None:
+        from livedisk.emulator.block.driver import DRIVERS
         from livedisk.emulator.daemon import Daemon
         from livedisk.emulator.qmp.registry import load_plugins
 
         load_plugins()
+        formats = sorted(name for name, driver in DRIVERS.items() if driver.is_format)
+        if fmt is not None and fmt not in DRIVERS:
+            raise click.UsageError(f"-f {fmt}: no such format; there are {', '.join(formats)}")
         self._image = image
         self._format = fmt
         self._address = address
@@ -123,7 +127,10 @@ class _Order:
             asyncio.get_running_loop().add_signal_handler(number, daemon.quit, "host-signal")
         code = 0
         try:
-            await self._open(daemon)
+            try:
+                await self._open(daemon)
+            except LiveDiskError as error:
+                raise _of_image(error, self._image) from error
             uri = await self._listen(daemon)
             daemon.start()
             click.echo(_instructions(uri, self._headline(daemon), self._qmp))
@@ -229,6 +236,15 @@ def _instructions(uri: str, headline: str, qmp: str | None) -> str:
     if qmp is not None:
         lines.append(f"    control   livedisk qmp {shlex.quote(qmp)}")
     return "\n".join([*lines, "", "Ctrl-C ends it."])
+
+
+def _of_image(error: LiveDiskError, image: str) -> LiveDiskError:
+    """The error with the image that it is about."""
+    if image in str(error):
+        return error
+    named = LiveDiskError(f"{image}: {error}")
+    named.hint = getattr(error, "hint", "")
+    return named
 
 
 def _failed(error: Exception) -> int:

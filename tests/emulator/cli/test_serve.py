@@ -172,7 +172,7 @@ def test_a_header_that_a_guest_wrote_discloses_nothing(tmp_path: Path, short_pat
     ("words", "code", "text"),
     [
         (["missing.raw"], 1, "livedisk serve: missing.raw: No such file or directory"),
-        (["/dev/null", "-f", "nonsense"], 1, "livedisk serve: Parameter 'driver' does not accept value 'nonsense'"),
+        (["/dev/null", "-f", "nonsense"], 2, "-f nonsense: no such format; there are "),
         (["x", "--socket", "a", "--port", "1"], 2, "choose one"),
         (["x", "--snapshot", "--read-only"], 2, "choose one"),
         (["x", "--nonsense"], 2, "No such option"),
@@ -181,6 +181,12 @@ def test_a_header_that_a_guest_wrote_discloses_nothing(tmp_path: Path, short_pat
 )
 def test_what_cannot_be_served_is_said(words: list[str], code: int, text: str) -> None:
     assert text in livedisk("serve", *words, expect=code).stderr
+
+
+def test_an_image_of_another_format_is_named(tmp_path: Path) -> None:
+    image = write_file(tmp_path / "disk.raw", b"", size=1 << 16)
+    said = livedisk("serve", image, "-f", "qcow2", expect=1).stderr
+    assert said == f"livedisk serve: {image}: Image is not in qcow2 format\n"
 
 
 def test_help_says_what_a_user_needs() -> None:
