@@ -459,7 +459,10 @@ def straight(edge: Edge) -> tuple[HostFile | None, int, int, bool]:
     node, base, in_place = edge.node, 0, True
     size = node.size
     while size:
-        segment = node.driver.map(base, size)
+        try:
+            segment = node.driver.map(base, size)
+        except NotMapped:  # an image inside an image
+            break
         if segment.kind is not Kind.DATA or segment.length != size:
             break
         in_place = (

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from kit.peers import run
-from kit.qcow2_disk import opened
+from kit.qcow2_disk import file_options, opened
 from kit.qemu import check, create
 from livedisk.emulator.block.reopen import reopen
 from livedisk.emulator.block.types import Discard
@@ -144,5 +144,22 @@ def test_a_reopen_passes_discards_on_as_its_own_options_say(tmp_path: Path) -> N
             )
             await reopen(disk.graph, {disk.node: options})
             assert not disk.image.discards.request
+
+    asyncio.run(use())
+
+
+def test_an_image_inside_an_image_is_read_fast_or_slowly_but_without_errors(tmp_path: Path) -> None:
+    """Where the outer image's tables are at hand, the inner one's may not be."""
+    inner = create(tmp_path / "inner.qcow2", 16 * MIB, options="cluster_size=512")
+    outer = create(tmp_path / "outer.qcow2", 4 * MIB)
+    run(["qemu-img", "convert", "-n", "-f", "raw", "-O", "qcow2", outer, inner])
+
+    async def use() -> None:
+        small = Qcow2Options(driver="qcow2", file=file_options(inner), l2_cache_size=1024)
+        async with opened(small) as disk:
+            for number in range(64):
+                await disk.write(number * CLUSTER, bytes([number + 1]) * CLUSTER)
+            for number in range(64):
+                assert await disk.read(number * CLUSTER, 4096) == bytes([number + 1]) * 4096
 
     asyncio.run(use())
