@@ -17,6 +17,7 @@ from livedisk.emulator.block.flatmap import MISS
 from livedisk.emulator.block.graph import Graph
 from livedisk.emulator.block.node import Node
 from livedisk.emulator.block.permissions import Perm
+from livedisk.emulator.block.transaction import Transaction
 from livedisk.emulator.block.types import ZeroFlags
 from livedisk.emulator.exports.contexts import ALLOCATION_DEPTH, BASE_ALLOCATION, describe
 from livedisk.nbd.export import Extent
@@ -67,8 +68,11 @@ class NodeExport:
     def attach(self, node: Node) -> None:
         """Put the export on ``node``. Raises PermissionConflict, LockError or BlockError."""
         perm = Perm.CONSISTENT_READ if self.read_only else Perm.CONSISTENT_READ | Perm.WRITE
-        # A resize under clients that know the old size is not allowed, as with QEMU; all else is.
-        self._graph.attach_root(self.backend, node, perm, Perm.ALL & ~Perm.RESIZE)
+        # A resize under clients that know the old size is not allowed, as with QEMU; all else is. In two steps as there,
+        # so that a node that is in use is refused for what the export needs before what it denies.
+        with Transaction() as steps:
+            self._graph.attach_root(self.backend, node, perm, Perm.ALL, steps)
+            self._graph.set_root_permissions(self.backend, perm, Perm.ALL & ~Perm.RESIZE)
         self.min_block = node.driver.request_alignment
         self.preferred_block = max(self.preferred_block, self.min_block)
 

@@ -12,7 +12,7 @@ import pytest
 from kit import libnbd
 from kit.livedisk import Daemon
 from kit.places import short_folder
-from kit.qemu import StorageDaemon
+from kit.qemu import StorageDaemon, create
 from kit.qmp import Qmp, QmpError
 
 Step = tuple[str, dict[str, Any]]
@@ -136,6 +136,20 @@ def test_commands_answer_as_qemu_storage_daemon_answers(name: str) -> None:
         with short_folder() as folder, make(folder, *NODES, nbd=False) as daemon:
             seen.append(transcript(daemon, SCRIPTS[name], folder / "nbd"))
     theirs, ours = seen
+    assert ours == theirs
+
+
+@pytest.mark.parametrize("writable", [True, False])
+def test_the_file_of_an_image_in_use_is_refused_in_the_same_words(writable: bool, tmp_path: Path) -> None:
+    image = create(tmp_path / "q.qcow2", "1M")
+    nodes = ("--blockdev", f"qcow2,node-name=q,file.driver=file,file.node-name=f,file.filename={image}")
+    steps = [start(), add(id="e", node_name="q", writable=True), add(id="e2", node_name="f", writable=writable)]
+    seen = []
+    for make in (StorageDaemon, Daemon):
+        with short_folder() as folder, make(folder, *nodes, nbd=False) as daemon:
+            seen.append(transcript(daemon, steps, folder / "nbd"))
+    theirs, ours = seen
+    assert theirs[-1][1][1].startswith("Permission conflict on node 'f'")
     assert ours == theirs
 
 
