@@ -236,6 +236,7 @@ LAYOUTS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", SEEDS)
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_errors_and_power_cuts_among_many_requests_lose_nothing(layout: str, seed: int, tmp_path: Path) -> None:
@@ -243,6 +244,7 @@ def test_errors_and_power_cuts_among_many_requests_lose_nothing(layout: str, see
     assert 0 < one.failed < one.served
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", SEEDS)
 @pytest.mark.parametrize("layout", ["default", "tiny", "subclusters", "snapshot"])
 def test_requests_that_cross_each_other_lose_nothing(layout: str, seed: int, tmp_path: Path) -> None:

@@ -413,6 +413,7 @@ def adopt_what_the_crash_left(disk: Disk) -> None:
 SEEDS = [int(os.environ["STRESS_SEED"])] if "STRESS_SEED" in os.environ else [1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", SEEDS)
 @pytest.mark.parametrize("name", VARIANTS)
 def test_nothing_is_lost_whatever_happens(name: str, seed: int, short_path: Path) -> None:
