@@ -85,6 +85,14 @@ _VERSIONS = {"0.10": "v2", "1.1": "v3"}
 
 
 @img.command("create", context_settings=_SETTINGS)
+@click.option(
+    "-f",
+    "fmt",
+    type=click.Choice(["qcow2"]),
+    default="qcow2",
+    expose_value=False,
+    help="The image's format; only qcow2 can be made.",
+)
 @click.option("-o", "words", metavar="NAME=VALUE,...", multiple=True, help="Creation options, as qemu-img's.")
 @click.option("-b", "backing", metavar="FILE", help="The backing file.")
 @click.option("-F", "backing_fmt", metavar="FORMAT", help="The backing file's format; needed with -b.")
@@ -106,6 +114,8 @@ def create_command(
         from livedisk.emulator.drivers.qcow2.create import create_file
 
         given = _creation_words(words)
+        if size is not None and "size" in given:
+            raise ParameterError("The image size must be specified only once")
         for name, value in (("backing_file", backing), ("backing_fmt", backing_fmt), ("size", size)):
             if value is not None:
                 given[name] = value
@@ -126,6 +136,8 @@ def _creation_words(words: tuple[str, ...]) -> dict[str, str]:
     for text in words:
         for item in split_fields(text):
             name, equals, value = item.partition("=")
+            if name == "encryption" or name.startswith("encrypt."):
+                raise ParameterError(f"'{name}': encryption of qcow2 images is not supported")
             if name not in _LEGACY:
                 raise ParameterError(f"Invalid parameter '{name}'")
             found[name] = value if equals else "on"

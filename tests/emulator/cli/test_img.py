@@ -51,7 +51,7 @@ def test_info_of_a_whole_chain(tmp_path: Path) -> None:
 
 def test_create_takes_qemu_imgs_options(tmp_path: Path) -> None:
     base, top = tmp_path / "base.qcow2", tmp_path / "top.qcow2"
-    assert img("create", "-q", "-o", "cluster_size=4k,compat=0.10", base, "10M").stdout == ""
+    assert img("create", "-q", "-f", "qcow2", "-o", "cluster_size=4k,compat=0.10", base, "10M").stdout == ""
     assert img("create", "-b", "base.qcow2", "-F", "qcow2", top).returncode == 0
     info = json.loads(qemu_img("info", "--output=json", top))
     assert (info["virtual-size"], info["backing-filename"]) == (10 * MIB, "base.qcow2")
@@ -62,6 +62,8 @@ def test_create_takes_qemu_imgs_options(tmp_path: Path) -> None:
     ("arguments", "words"),
     [
         (["-o", "foo=1", "x", "1M"], "Invalid parameter 'foo'"),
+        (["-o", "encrypt.format=luks", "x", "1M"], "'encrypt.format': encryption of qcow2 images is not supported"),
+        (["-o", "size=2M", "x", "1M"], "The image size must be specified only once"),
         (["x"], "Image creation needs a size parameter"),
         (["x", "1X"], "Invalid image size specified: '1X'"),
         (["-o", "preallocation=some", "x", "1M"], "preallocation"),
