@@ -55,8 +55,10 @@ def _run(work: Callable[[], Coroutine[Any, Any, int]]) -> None:
     try:
         code = asyncio.run(work())
     except (LiveDiskError, OSError) as error:
-        named = isinstance(error, OSError) and error.filename
-        click.echo(f"livedisk img: {f'{error.filename}: {error.strerror}' if named else error}", err=True)
+        reason = str(error)
+        if isinstance(error, OSError) and error.filename:
+            reason = f"{error.filename}: {error.strerror}"
+        click.echo(f"livedisk img: {reason}", err=True)
         hint = getattr(error, "hint", "")
         if hint:
             click.echo(hint, err=True)
