@@ -20,8 +20,6 @@ than it sees zeroes past the top's end, and so it does afterwards: QEMU lets a l
 
 from __future__ import annotations
 
-from typing import Final
-
 from livedisk.emulator.block.blockers import Operation, check_not_busy
 from livedisk.emulator.block.graph import Graph
 from livedisk.emulator.block.node import Edge, Node
@@ -30,7 +28,7 @@ from livedisk.emulator.block.reopen import set_read_only
 from livedisk.emulator.block.status import allocation_depth
 from livedisk.emulator.block.transaction import Transaction
 from livedisk.emulator.block.types import ZeroFlags
-from livedisk.emulator.device.policy import Action, OnError
+from livedisk.emulator.device.policy import OnError
 from livedisk.emulator.errors import BlockError, DeviceNotFound, NodeNotFound
 from livedisk.emulator.qmp.context import Context
 from livedisk.emulator.qmp.filenames import filename
@@ -40,15 +38,11 @@ from livedisk.emulator.qmp.registry import command
 from livedisk.jobs.block_job import BlockJob, JobBackend
 from livedisk.jobs.chains import chain, find_backing, links, overlays
 from livedisk.jobs.commands import jobs_of
-from livedisk.jobs.copy import CopyFailed, copy_range, reading
+from livedisk.jobs.copy import copy_range
 from livedisk.jobs.filters import insert_filter, remove_filter, skip_filters
 from livedisk.jobs.mirror import ActiveCommit, check_root
 from livedisk.jobs.states import JobType, Status
-
-CHUNK: Final = 1 << 20
-"""Bytes a step at full speed."""
-LIMITED_CHUNK: Final = 512 << 10
-"""Bytes a step under a speed limit (QEMU's COMMIT_BUFFER_SIZE)."""
+from livedisk.jobs.sweep import Sweep
 
 
 class CommitOptions(QapiStruct, kw_only=True):
@@ -83,6 +77,7 @@ class CommitJob(BlockJob):
         self._options = options
         self._was_read_only = base.read_only
         self._filter: Node | None = None
+        self._sweep: Sweep | None = None
         self._reader: JobBackend
         self._writer: JobBackend
 
@@ -119,40 +114,22 @@ class CommitJob(BlockJob):
         if self._base.size < self.total:
             async with self.drained(self._base):
                 await self._writer.truncate(self.total, exact=False)
-        failure: OSError | None = None
-        while self.done < self.total:
-            await self.keep_speed()
-            if self.cancelled:
-                return
-            step = LIMITED_CHUNK if self.rate.speed else CHUNK
-            try:
-                step = await self._commit_run(self.done, min(step, self.total - self.done))
-            except CopyFailed as failed:
-                action = self.answer(self._options.on_error, failed.operation, failed.error)
-                if action is Action.STOP:
-                    continue
-                failure = failure or failed.error
-                if action is Action.REPORT:
-                    break
-                step = min(step, self.total - self.done)
-            self.done += step
-        if failure is not None:
-            raise failure
-        await self._hide_what_lies_behind()
+        self._sweep = Sweep(self, self._options.on_error, self._look, self._copy)
+        await self._sweep.run(self.total)
+        if not self.cancelled:
+            await self._hide_what_lies_behind()
 
-    async def _commit_run(self, offset: int, length: int) -> int:
-        """Commit the run at ``offset``; returns its length. Raises CopyFailed."""
-        depth = 0
+    async def settle(self) -> None:
+        if self._sweep is not None:
+            await self._sweep.lanes.empty()
 
-        async def look() -> None:
-            nonlocal depth, length
-            depth, length = await allocation_depth(self._top, offset, length, self._base)
+    async def _look(self, offset: int, length: int) -> tuple[int, bool]:
+        """The length of the run at ``offset``, and whether a layer above the base holds it."""
+        depth, run = await allocation_depth(self._top, offset, length, self._base)
+        return run, depth > 0
 
-        await reading(look())
-        if depth:
-            await copy_range(self._reader, self._writer, offset, length, flags=ZeroFlags.MAY_UNMAP)
-            self.rate.account(length)
-        return length
+    async def _copy(self, offset: int, length: int) -> None:
+        await copy_range(self._reader, self._writer, offset, length, flags=ZeroFlags.MAY_UNMAP)
 
     async def _hide_what_lies_behind(self) -> None:
         """Past the top's end its overlays see zeroes: let the base show the same."""

@@ -20,9 +20,10 @@ from livedisk.emulator.block.types import ZeroFlags
 from livedisk.jobs.block_job import JobBackend
 from livedisk.jobs.events import IoOperation
 
-STEP: Final = 1 << 20
-"""Bytes in memory of one copy at most."""
-LANES: Final = 16
+STEP: Final = 2 << 20
+"""Bytes in memory of one copy at most. Above what `HostFile` moves inline, so that threads do it, on every core, while the
+guest is served."""
+LANES: Final = 8
 """Copies under way at once."""
 ZERO_STEP: Final = 1 << 30
 """Bytes zeroed in one request at most."""

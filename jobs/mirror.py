@@ -276,7 +276,9 @@ class MirrorJob(BlockJob):
             return length
         granularity = self._plan.granularity
         try:
-            status = await run_at(self._reader, offset, length)
+            status = await run_at(self._reader, offset, STEP)
+            if status.zero and status.length == STEP:
+                status = await run_at(self._reader, offset, length)
         except CopyFailed:
             return max(STEP, granularity)  # the copy will meet it, too
         wanted = status.length if status.zero else min(status.length, STEP)

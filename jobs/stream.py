@@ -25,7 +25,7 @@ from livedisk.emulator.block.permissions import Perm
 from livedisk.emulator.block.reopen import set_read_only
 from livedisk.emulator.block.status import allocation_depth
 from livedisk.emulator.block.transaction import Transaction
-from livedisk.emulator.device.policy import Action, OnError
+from livedisk.emulator.device.policy import OnError
 from livedisk.emulator.drivers.copy_on_read import copy_up
 from livedisk.emulator.errors import BlockError
 from livedisk.emulator.qmp.context import Context
@@ -36,14 +36,10 @@ from livedisk.emulator.qmp.registry import command
 from livedisk.jobs.block_job import BlockJob
 from livedisk.jobs.chains import chain, find_backing, links
 from livedisk.jobs.commands import jobs_of
-from livedisk.jobs.events import IoOperation
 from livedisk.jobs.filters import insert_filter, remove_filter, skip_filters, under
 from livedisk.jobs.states import JobType, Status
+from livedisk.jobs.sweep import Sweep
 
-LIMITED_CHUNK: Final = 512 << 10
-"""Bytes a step under a speed limit (QEMU's STREAM_CHUNK)."""
-CHUNK: Final = 1 << 20
-"""Bytes a step at full speed."""
 _SHARED: Final = Perm.CONSISTENT_READ | Perm.WRITE_UNCHANGED
 
 
@@ -79,6 +75,7 @@ class StreamJob(BlockJob):
         self._options = options
         self._was_read_only = image.read_only
         self._filter: Node | None = None
+        self._sweep: Sweep | None = None
 
     @property
     def _base(self) -> Node | None:
@@ -121,27 +118,15 @@ class StreamJob(BlockJob):
         if image is self._lowest:
             return
         self.total = image.size
-        failure: OSError | None = None
-        while self.done < self.total:
-            await self.keep_speed()
-            if self.cancelled:
-                return
-            step = LIMITED_CHUNK if self.rate.speed else CHUNK
-            try:
-                step, missing = await self._look(self.done, min(step, self.total - self.done))
-                if missing:
-                    await copy_up(image, self.done, step)
-                    self.rate.account(step)
-            except OSError as error:
-                action = self.answer(self._options.on_error, IoOperation.READ, error)
-                if action is Action.STOP:
-                    continue
-                failure = failure or error
-                if action is Action.REPORT:
-                    break
-            self.done += step
-        if failure is not None:
-            raise failure
+        self._sweep = Sweep(self, self._options.on_error, self._look, self._copy)
+        await self._sweep.run(self.total)
+
+    async def settle(self) -> None:
+        if self._sweep is not None:
+            await self._sweep.lanes.empty()
+
+    async def _copy(self, offset: int, length: int) -> None:
+        await copy_up(self._image, offset, length)
 
     async def _look(self, offset: int, length: int) -> tuple[int, bool]:
         """The length of the run at ``offset``, and whether a layer between the image and the base holds it."""

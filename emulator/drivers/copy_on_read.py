@@ -28,8 +28,8 @@ from livedisk.emulator.block.status import allocation_depth
 from livedisk.emulator.block.types import HostOffset, Kind, Preallocation, Segment, ZeroFlags
 from livedisk.emulator.errors import BlockError
 
-CHUNK = 1 << 20
-"""Bytes copied in one step at most."""
+CHUNK = 2 << 20
+"""Bytes copied in one step at most: more than is moved inline, so that a large step is a thread's work."""
 
 
 class CopyOnReadOptions(BlockdevOptions, kw_only=True):
