@@ -158,7 +158,7 @@ def test_a_refused_option_leaves_no_socket_behind(short_path: Path) -> None:
         (["-object", "secret,help"], "  format=<raw|base64>"),
         (["-chardev", "help"], "  socket"),
         (["-blockdev", "help"], "  qcow2"),
-        (["-blockdev", "raw,help"], "  offset=<size>"),
+        (["-blockdev", "raw,help"], "  offset=<int>"),
     ],
 )
 def test_help_in_an_argument_lists_what_there_is(words: list[str], line: str) -> None:

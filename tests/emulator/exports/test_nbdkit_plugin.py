@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import time
 from pathlib import Path
 
 import pytest
@@ -158,6 +159,10 @@ def test_it_goes_into_the_background(short_path: Path) -> None:
     pidfile, socket = short_path / "pid", short_path / "s"
     command = ["nbdkit", "-P", pidfile, "-U", socket, "python", PLUGIN, f"path={python_site_packages()}"]
     run([*command, f"file={os.path.relpath(image)}", "format=qcow2"], timeout=30)
+    deadline = time.monotonic() + 30
+    while not (pidfile.exists() and pidfile.read_text().endswith("\n")):  # the child writes it after the parent has gone
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
     pid = int(pidfile.read_text())
     try:
         uri = f"nbd+unix:///?socket={socket}"

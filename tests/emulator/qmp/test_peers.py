@@ -9,6 +9,7 @@ import os
 import re
 import socket
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -157,9 +158,18 @@ class Wire:
     """A connection that sends bytes as they are and gives back what came until the barrier's reply."""
 
     def __init__(self, path: Path) -> None:
-        self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        self.socket.settimeout(20)
-        self.socket.connect(str(path))
+        # No probing connection before: QEMU may give the greeting meant for that one to the next.
+        deadline = time.monotonic() + 20
+        while True:
+            self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+            self.socket.settimeout(20)
+            try:
+                self.socket.connect(str(path))
+                break
+            except (FileNotFoundError, ConnectionRefusedError):
+                self.socket.close()
+                assert time.monotonic() < deadline, f"nobody listens on {path}"
+                time.sleep(0.01)
         self.greeting = blank(self._until(b""))
 
     def _until(self, mark: bytes) -> bytes:
@@ -193,8 +203,7 @@ def monitor(*command: str) -> Iterator[Wire]:
         path = folder / "m"
         words = [word.replace("@", f"{path},server=on,wait=off") for word in command]
         environment = {"PYTHONPATH": os.pathsep.join([str(TESTS), os.environ.get("PYTHONPATH", "")])}
-        with Process(words, log=folder / "log", environment=environment) as process:
-            process.wait_for_socket(path)
+        with Process(words, log=folder / "log", environment=environment):
             wire = Wire(path)
             try:
                 yield wire
