@@ -284,6 +284,44 @@ def test_jobs_on_disjoint_parts_of_a_chain_run_beside_each_other(setup: Setup, t
     check_image(setup, "D", "DB", setup.finish(), tmp_path)
 
 
+REFUSED: list[tuple[str, dict[str, Any]]] = [
+    ("block-stream", {"device": "D", "speed": -1}),
+    ("block-stream", {"device": "B", "filter-node-name": "A"}),
+    ("block-stream", {"device": "D", "job-id": "1"}),
+    ("block-commit", {"device": "D", "top-node": "C", "speed": -1}),
+    ("block-commit", {"device": "D", "top-node": "C", "filter-node-name": "A"}),
+    ("block-commit", {"device": "D", "top-node": "B", "job-id": "1"}),
+    ("block-commit", {"device": "D", "filter-node-name": "A"}),
+    ("block-commit", {"device": "D", "speed": -1}),
+    ("blockdev-mirror", {"device": "D", "target": "T", "sync": "full", "speed": -1}),
+    ("blockdev-mirror", {"device": "D", "target": "T", "sync": "full", "filter-node-name": "A"}),
+    ("drive-mirror", {"device": "D", "target": "/nonexistent/t", "sync": "full"}),
+]
+
+
+def test_what_is_refused_changes_nothing(setup: Setup, tmp_path: Path) -> None:
+    setup.add("T")
+
+    def picture() -> tuple[Any, ...]:
+        graph = setup.qmp.execute("x-debug-query-block-graph")
+        names = {node["id"]: node["name"] or node["type"] for node in graph["nodes"]}
+        edges = [
+            (names[e["parent"]], e["name"], names[e["child"]], sorted(e["perm"]), sorted(e["shared-perm"]))
+            for e in graph["edges"]
+        ]
+        nodes = setup.qmp.execute("query-named-block-nodes", flat=True)
+        return sorted(edges), sorted((node["node-name"], node["ro"]) for node in nodes), setup.qmp.execute("query-jobs")
+
+    before = picture()
+    for command, arguments in REFUSED:
+        with pytest.raises(QmpError):
+            setup.qmp.call(command, {"job-id": "j", **arguments})
+        assert picture() == before, (command, arguments)
+    setup.qmp.execute("block-commit", job_id="j", device="D", top_node="C", base_node="A")
+    setup.completed()
+    check_image(setup, "D", "DA", setup.finish(), tmp_path)
+
+
 def act_at_random(setup: Setup, seed: int) -> None:
     """Pause, resume, other speeds. A verb that the state refuses is no mistake."""
     chance = random.Random(seed)
