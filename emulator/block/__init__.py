@@ -12,6 +12,10 @@ engine.
     fallocate.py    Linux calls on files that Python lacks; pagecache.py: is a file cached
     imagelock.py    image locks between processes, QEMU's
     status.py       block status: what a range reads as, and which layer says so
+    options.py      the options that every node takes; settings.py: what they come to, given or inherited
+    gate.py         the one way to files that an image's header names
+    reopen.py       change options of open nodes: plan, prepare, switch in one step
+    blockers.py     who keeps a node busy, and for what
     transaction.py  prepare, then commit or abort, in order
 
 Nothing here knows a driver, a device, an export, QMP or the command line.

@@ -1,4 +1,4 @@
-"""The commands that a person types: ``livedisk serve``, ``livedisk daemon``, ``livedisk qmp``.
+"""The commands that a person types: ``livedisk serve``, ``daemon``, ``img`` and ``qmp``.
 
 `main` only finds the command and imports its module, so that a daemon does not wait for what an interactive shell
 needs. A command is called with ``args`` and ``prog_name`` and returns its exit code, or exits (as click's do).

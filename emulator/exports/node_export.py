@@ -80,7 +80,8 @@ class NodeExport:
         """The export is about to be withdrawn: nothing of a node's waits for the run state."""
 
     async def close(self) -> None:
-        """Flush, and take the export off its node. No client is left."""
+        """Take the export off its node, once nothing is in flight. No client is left; a node that nobody else uses syncs as
+        it closes."""
         await self.backend.idle()
         await self._graph.detach_root(self.backend)
 
