@@ -1,7 +1,7 @@
 """The copy engine: moves ranges from one node to another, several at a time, never two over the same bytes.
 
-`copy_range` moves one range: it asks block status, so that zeroes and holes are written as zeroes whatever their length
-and only data passes through memory, `STEP` bytes at a time. `CopyFailed` says which side failed.
+How one range is moved is `emulator/block/copy.py`'s; here is what jobs add. `copy_range` counts it as in flight on the job's
+backends, so that a drain waits for it.
 
 `Lanes` bounds what is under way, in number and so in memory (`LANES` copies of `STEP` bytes: 16 MiB), and keeps
 overlapping ranges apart: who enters a range waits for those that are in it. A copy that has read old bytes can thus never
@@ -14,74 +14,24 @@ import asyncio
 from collections.abc import Awaitable, Callable
 from typing import Final
 
-from livedisk.emulator.block.node import is_zero
-from livedisk.emulator.block.status import BlockStatus, block_status
+from livedisk.emulator.block import copy as block_copy
+from livedisk.emulator.block.copy import STEP, ZERO_STEP, CopyFailed, Side
 from livedisk.emulator.block.types import ZeroFlags
 from livedisk.jobs.block_job import JobBackend
 from livedisk.jobs.events import IoOperation
 
-STEP: Final = 2 << 20
-"""Bytes in memory of one copy at most. Above what `HostFile` moves inline, so that threads do it, on every core, while the
-guest is served."""
 LANES: Final = 8
 """Copies under way at once."""
-ZERO_STEP: Final = 1 << 30
-"""Bytes zeroed in one request at most."""
+OPERATION: Final = {Side.SOURCE: IoOperation.READ, Side.TARGET: IoOperation.WRITE}
+"""What a job's error event says of a copy that failed on that side."""
 
 
-class CopyFailed(Exception):
-    """A copy failed on one side; ``error`` says why. Not for users: jobs answer it by their policies."""
-
-    def __init__(self, operation: IoOperation, error: OSError) -> None:
-        super().__init__(str(error))
-        self.operation = operation
-        self.error = error
-
-
-async def copy_range(
-    source: JobBackend, target: JobBackend, offset: int, length: int, *, flags: ZeroFlags, detect_zeroes: bool = False
-) -> None:
-    """Make the target read as the source does in the range (bytes, inside both). ``flags``: how zeroes are written;
-    ``detect_zeroes``: look for them in data too. Raises CopyFailed."""
-    end = offset + length
-    while offset < end:
-        status = await run_at(source, offset, end - offset)
-        step = status.length
-        if status.zero:
-            step = min(step, ZERO_STEP)
-            await _writing(target.write_zeroes(offset, step, flags))
-        else:
-            step = min(step, STEP)
-            with memoryview(bytearray(step)) as data:
-                await reading(source.read(offset, data))
-                if detect_zeroes and is_zero(data):
-                    await _writing(target.write_zeroes(offset, step, flags))
-                else:
-                    await _writing(target.write(offset, data))
-        offset += step
-
-
-async def run_at(source: JobBackend, offset: int, length: int) -> BlockStatus:
-    """Block status of the run at ``offset``. Raises CopyFailed."""
-    try:
-        return await block_status(source.node, offset, length)
-    except OSError as error:
-        raise CopyFailed(IoOperation.READ, error) from error
-
-
-async def reading(request: Awaitable[None]) -> None:
-    """Await a request to the source. Raises CopyFailed."""
-    try:
-        await request
-    except OSError as error:
-        raise CopyFailed(IoOperation.READ, error) from error
-
-
-async def _writing(request: Awaitable[None]) -> None:
-    try:
-        await request
-    except OSError as error:
-        raise CopyFailed(IoOperation.WRITE, error) from error
+async def copy_range(source: JobBackend, target: JobBackend, offset: int, length: int, *, flags: ZeroFlags) -> None:
+    """`block.copy.copy_range`, in flight on both backends. Raises CopyFailed."""
+    async with source.request(), target.request():
+        assert source.root is not None
+        assert target.root is not None
+        await block_copy.copy_range(source.root, target.root, offset, length, flags=flags)
 
 
 class Lanes:
@@ -147,3 +97,6 @@ class Lanes:
         """Wait until nothing that was launched is under way."""
         while self._tasks:
             await asyncio.wait(self._tasks)
+
+
+__all__ = ["LANES", "OPERATION", "STEP", "ZERO_STEP", "CopyFailed", "Lanes", "Side", "copy_range"]

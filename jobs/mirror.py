@@ -34,7 +34,7 @@ from livedisk.emulator.block.graph import Graph
 from livedisk.emulator.block.node import Node
 from livedisk.emulator.block.permissions import Perm, Role
 from livedisk.emulator.block.reopen import set_read_only
-from livedisk.emulator.block.status import allocation_depth
+from livedisk.emulator.block.status import allocation_depth, block_status
 from livedisk.emulator.block.transaction import Transaction
 from livedisk.emulator.block.types import Discard, ZeroFlags
 from livedisk.emulator.device.policy import Action, OnError
@@ -44,9 +44,8 @@ from livedisk.emulator.qmp.context import Context
 from livedisk.jobs.block_job import BlockJob, JobBackend
 from livedisk.jobs.chains import chain, links
 from livedisk.jobs.commands import BlockJobChangeOptionsMirror, MirrorCopyMode, jobs_of
-from livedisk.jobs.copy import LANES, STEP, ZERO_STEP, CopyFailed, Lanes, copy_range, run_at
+from livedisk.jobs.copy import LANES, OPERATION, STEP, ZERO_STEP, CopyFailed, Lanes, Side, copy_range
 from livedisk.jobs.dirty import DirtyMap
-from livedisk.jobs.events import IoOperation
 from livedisk.jobs.filters import insert_filter, remove_filter, skip_filters
 from livedisk.jobs.states import JobType, Status
 
@@ -245,7 +244,7 @@ class MirrorJob(BlockJob):
         try:
             await self._writer.flush()
         except OSError as error:
-            self._answer_failure(CopyFailed(IoOperation.WRITE, error))
+            self._answer_failure(CopyFailed(Side.TARGET, error))
             await self._wait_after_failure()
             return
         self.become_ready()
@@ -276,10 +275,10 @@ class MirrorJob(BlockJob):
             return length
         granularity = self._plan.granularity
         try:
-            status = await run_at(self._reader, offset, STEP)
+            status = await block_status(self._source, offset, STEP)
             if status.zero and status.length == STEP:
-                status = await run_at(self._reader, offset, length)
-        except CopyFailed:
+                status = await block_status(self._source, offset, length)
+        except OSError:
             return max(STEP, granularity)  # the copy will meet it, too
         wanted = status.length if status.zero else min(status.length, STEP)
         return min(length, max(wanted // granularity * granularity, granularity))
@@ -297,9 +296,9 @@ class MirrorJob(BlockJob):
     def _answer_failure(self, failed: CopyFailed) -> None:
         """Ask the policy of the side that failed. What was to be copied is dirty again, and is tried again unless the job
         fails."""
-        read = failed.operation is IoOperation.READ
+        read = failed.side is Side.SOURCE
         policy = self._plan.on_source_error if read else self._plan.on_target_error
-        action = self.answer(policy, failed.operation, failed.error)
+        action = self.answer(policy, OPERATION[failed.side], failed.error)
         if action is Action.REPORT:
             self._failure = self._failure or failed.error
         self._retry = action is Action.IGNORE
@@ -342,7 +341,7 @@ class MirrorJob(BlockJob):
 
     def _mirrored_write_failed(self, offset: int, length: int, error: OSError) -> None:
         self._dirty.mark(offset, length)
-        self._answer_failure(CopyFailed(IoOperation.WRITE, error))
+        self._answer_failure(CopyFailed(Side.TARGET, error))
 
     # -- what users ask ----------------------------------------------------------------------------------------------
     def complete(self) -> None:
@@ -375,7 +374,7 @@ class MirrorJob(BlockJob):
             try:
                 await copy_range(self._reader, self._writer, offset, length, flags=self._flags)
             except CopyFailed as failed:
-                self.answer(OnError.REPORT, failed.operation, failed.error)
+                self.answer(OnError.REPORT, OPERATION[failed.side], failed.error)
                 raise failed.error from failed
             self.done += length
         self._account()

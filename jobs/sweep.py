@@ -12,8 +12,7 @@ from typing import Final
 
 from livedisk.emulator.device.policy import Action, OnError
 from livedisk.jobs.block_job import BlockJob
-from livedisk.jobs.copy import STEP, CopyFailed, Lanes
-from livedisk.jobs.events import IoOperation
+from livedisk.jobs.copy import OPERATION, STEP, CopyFailed, Lanes, Side
 
 LIMITED_STEP: Final = 512 << 10
 """Bytes a piece under a speed limit (QEMU's STREAM_CHUNK, COMMIT_BUFFER_SIZE)."""
@@ -62,7 +61,7 @@ class Sweep:
         try:
             length, wanted = await self._look(offset, length)
         except OSError as error:
-            action = self._answer(CopyFailed(IoOperation.READ, error))
+            action = self._answer(CopyFailed(Side.SOURCE, error))
             if action is Action.IGNORE:
                 self._job.done += length
                 return length
@@ -81,7 +80,7 @@ class Sweep:
         try:
             await self._move(offset, length)
         except OSError as error:
-            self._failed(offset, length, CopyFailed(IoOperation.READ, error))
+            self._failed(offset, length, CopyFailed(Side.SOURCE, error))
         except CopyFailed as failed:
             self._failed(offset, length, failed)
         else:
@@ -95,7 +94,7 @@ class Sweep:
             self._job.done += length
 
     def _answer(self, failed: CopyFailed) -> Action:
-        action = self._job.answer(self._policy, failed.operation, failed.error)
+        action = self._job.answer(self._policy, OPERATION[failed.side], failed.error)
         if action is not Action.STOP:
             self._failure = self._failure or failed.error
             self._given_up = self._given_up or action is Action.REPORT

@@ -12,6 +12,7 @@ engine.
     fallocate.py    Linux calls on files that Python lacks; pagecache.py: is a file cached
     imagelock.py    image locks between processes, QEMU's
     status.py       block status: what a range reads as, and which layer says so
+    copy.py         making a range of one node read as another's
     options.py      the options that every node takes; settings.py: what they come to, given or inherited
     gate.py         the one way to files that an image's header names
     reopen.py       change options of open nodes: plan, prepare, switch in one step

@@ -12,7 +12,7 @@ import pytest
 from livedisk.emulator.block.graph import Graph
 from livedisk.emulator.device.policy import OnError
 from livedisk.jobs.block_job import BlockJob
-from livedisk.jobs.copy import CopyFailed
+from livedisk.jobs.copy import CopyFailed, Side
 from livedisk.jobs.events import BlockJobCompleted, BlockJobError, IoOperation
 from livedisk.jobs.job import Jobs
 from livedisk.jobs.states import JobType, Status
@@ -57,7 +57,7 @@ class Passing(BlockJob):
             try:
                 self._maybe_fail(offset)
             except OSError as error:
-                raise CopyFailed(IoOperation.WRITE, error) from error
+                raise CopyFailed(Side.TARGET, error) from error
         self.copied.append((offset, length))
 
 
