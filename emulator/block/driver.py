@@ -23,6 +23,8 @@ from livedisk.emulator.block.types import Preallocation, Segment, ZeroFlags
 from livedisk.emulator.errors import BlockError
 
 if TYPE_CHECKING:
+    from livedisk.emulator.block.creation import BlockdevAmendOptions, BlockdevCreateOptions
+    from livedisk.emulator.block.graph import Graph
     from livedisk.emulator.block.node import Edge, Node
     from livedisk.emulator.block.status import BlockStatus
 
@@ -59,6 +61,30 @@ class Driver(ABC):
     def __init__(self, node: Node, options: Any) -> None:
         self.node = node
         self.options = options
+
+    # -- making images ---------------------------------------------------------------------------------------------
+    @classmethod
+    def create_options(cls) -> type[BlockdevCreateOptions] | None:
+        """What blockdev-create takes for this driver; None: it makes no images."""
+        return None
+
+    @classmethod
+    async def create(cls, graph: Graph, options: Any) -> None:
+        """Make an image as `create_options` describe it. Raises BlockError, ParameterError or OSError."""
+        raise BlockError("Driver does not support blockdev-create")
+
+    @classmethod
+    def amend_options(cls) -> type[BlockdevAmendOptions] | None:
+        """What x-blockdev-amend takes for this driver; None: it changes nothing in that way."""
+        return None
+
+    async def amend_prepare(self, options: Any) -> None:
+        """Refuse, before a job is made, what cannot be amended. Raises BlockError."""
+        raise BlockError("Driver does not support x-blockdev-amend")
+
+    async def amend(self, options: Any, *, force: bool) -> None:
+        """Change the format's own properties in the image. Raises BlockError or OSError."""
+        raise BlockError("Driver does not support x-blockdev-amend")
 
     # -- life ------------------------------------------------------------------------------------------------------
     @abstractmethod

@@ -45,6 +45,8 @@ from livedisk.emulator.block.types import HostOffset, Kind, Preallocation, Segme
 from livedisk.emulator.errors import BlockError
 
 if TYPE_CHECKING:
+    from livedisk.emulator.block.creation import BlockdevCreateOptions
+    from livedisk.emulator.block.graph import Graph
     from livedisk.emulator.block.node import Node
 
 _WRITERS: Final = Perm.WRITE | Perm.WRITE_UNCHANGED | Perm.RESIZE
@@ -102,6 +104,19 @@ class FileDriver(Driver):
         self._lacks_punch_hole = False
         self._discards = {"discard-nb-ok": 0, "discard-nb-failed": 0, "discard-bytes-ok": 0}
         self._lacks_fallocate = False
+
+    # -- making files ------------------------------------------------------------------------------------------------
+    @classmethod
+    def create_options(cls) -> type[BlockdevCreateOptions] | None:
+        from livedisk.emulator.drivers.file_create import BlockdevCreateOptionsFile
+
+        return BlockdevCreateOptionsFile
+
+    @classmethod
+    async def create(cls, graph: Graph, options: Any) -> None:
+        from livedisk.emulator.drivers import file_create
+
+        await file_create.create(graph, options)
 
     # -- life --------------------------------------------------------------------------------------------------------
     async def open(self) -> None:

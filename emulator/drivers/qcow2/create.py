@@ -18,7 +18,6 @@ of refusals. Better than QEMU: options are checked before an existing file is to
 from __future__ import annotations
 
 import errno
-import fcntl
 import os
 import stat
 import struct
@@ -36,6 +35,7 @@ from livedisk.emulator.block.graph import Graph
 from livedisk.emulator.block.options import Size
 from livedisk.emulator.block.permissions import Perm
 from livedisk.emulator.block.types import Preallocation, ZeroFlags
+from livedisk.emulator.drivers.file_create import set_nocow
 from livedisk.emulator.drivers.qcow2.geometry import (
     COPIED,
     ENTRY,
@@ -77,7 +77,7 @@ class CompressionType(StrEnum):
 
 
 class CreateOptions(msgspec.Struct, rename="kebab", kw_only=True, forbid_unknown_fields=True):
-    """BlockdevCreateOptionsQcow2 without its references to nodes; ``data_file`` is the name to record."""
+    """BlockdevCreateOptionsQcow2 without its references to nodes; ``data_file`` is the name to record ("": none)."""
 
     size: Size
     """Virtual size in bytes, a multiple of 512."""
@@ -357,7 +357,13 @@ async def _reserve(file: Target, start: int, end: int, mode: Preallocation, *, e
     """Make ``[start, end)`` of the file exist and read as zeroes, allocated as ``mode`` says."""
     if emptied:
         if end > file.size:
-            await file.truncate(end, exact=False, prealloc=mode)
+            try:
+                await file.truncate(end, exact=False, prealloc=mode)
+            except BlockError:
+                if end % SECTOR == 0:
+                    raise
+                # The image is to stand inside another, and formats are as long as whole sectors.
+                await file.truncate(end + -end % SECTOR, exact=False, prealloc=mode)
     elif end > start:
         await file.write_zeroes(start, end - start)
 
@@ -385,16 +391,11 @@ def _header(geometry: Geometry, layout: Layout, options: CreateOptions) -> Heade
         compression_type=Compression.ZSTD if zstd else Compression.ZLIB,
         backing_file=options.backing_file if isinstance(options.backing_file, str) else None,
         backing_format=options.backing_fmt if isinstance(options.backing_fmt, str) else None,
-        data_file=options.data_file if isinstance(options.data_file, str) else None,
+        data_file=(options.data_file or None) if isinstance(options.data_file, str) else None,
     )
 
 
 # -- by path -----------------------------------------------------------------------------------------------------------
-_FS_IOC_GETFLAGS: Final = 0x80086601
-_FS_IOC_SETFLAGS: Final = 0x40086602
-_FS_NOCOW_FL: Final = 0x00800000
-
-
 async def create_file(path: str, options: CreateOptions, *, nocow: bool = False) -> None:
     """Make the image at ``path`` (an existing file is overwritten), and the data file that the options name.
 
@@ -437,7 +438,7 @@ async def _open_new(graph: Graph, path: str, made: list[str], *, nocow: bool) ->
         raise BlockError(f"Could not create '{path}': {os.strerror(error.errno or errno.EIO)}") from None
     if fd >= 0:
         if nocow:
-            _set_nocow(fd)
+            set_nocow(fd)
         os.close(fd)
     settings: dict[str, Any] = {"driver": kind, "filename": path}
     node = await graph.open(driver_class(kind).Options(**settings))
@@ -449,11 +450,3 @@ async def _open_new(graph: Graph, path: str, made: list[str], *, nocow: bool) ->
         await graph.release(node)
         raise
     return backend
-
-
-def _set_nocow(fd: int) -> None:
-    """Best effort: only some file systems know the flag, and only on an empty file."""
-    with suppress(OSError):
-        raw = fcntl.ioctl(fd, _FS_IOC_GETFLAGS, bytes(8))
-        (flags,) = struct.unpack("=q", raw)
-        fcntl.ioctl(fd, _FS_IOC_SETFLAGS, struct.pack("=q", flags | _FS_NOCOW_FL))

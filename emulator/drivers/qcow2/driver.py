@@ -15,7 +15,7 @@ import errno
 import logging
 import os
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import msgspec
 
@@ -31,6 +31,10 @@ from livedisk.emulator.drivers.qcow2.image import Image
 from livedisk.emulator.drivers.qcow2.options import Qcow2Options
 from livedisk.emulator.drivers.qcow2.resize import resize
 from livedisk.emulator.errors import BlockError, ImageError
+
+if TYPE_CHECKING:
+    from livedisk.emulator.block.creation import BlockdevAmendOptions, BlockdevCreateOptions
+    from livedisk.emulator.block.graph import Graph
 
 log = logging.getLogger(__name__)
 
@@ -56,6 +60,33 @@ class Qcow2(Driver):
         self._cleaner: asyncio.TimerHandle | None = None
         self._prepared: _Prepared | None = None
         self._inactive = False
+
+    # -- making images ---------------------------------------------------------------------------------------------------
+    @classmethod
+    def create_options(cls) -> type[BlockdevCreateOptions]:
+        from livedisk.emulator.drivers.qcow2.create_node import BlockdevCreateOptionsQcow2
+
+        return BlockdevCreateOptionsQcow2
+
+    @classmethod
+    async def create(cls, graph: Graph, options: Any) -> None:
+        from livedisk.emulator.drivers.qcow2 import create_node
+
+        await create_node.create_in_nodes(graph, options)
+
+    @classmethod
+    def amend_options(cls) -> type[BlockdevAmendOptions]:
+        from livedisk.emulator.drivers.qcow2.create_node import BlockdevAmendOptionsQcow2
+
+        return BlockdevAmendOptionsQcow2
+
+    async def amend_prepare(self, options: Any) -> None:
+        """Whatever the options say, the job says what is wrong with it, as in QEMU."""
+
+    async def amend(self, options: Any, *, force: bool) -> None:
+        """All that QEMU amends in a running image is its encryption, and no image here has any."""
+        if options.encrypt is not msgspec.UNSET:
+            raise BlockError("image is not encrypted, can't amend")
 
     # -- life ------------------------------------------------------------------------------------------------------------
     async def open(self) -> None:
