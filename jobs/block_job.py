@@ -90,9 +90,7 @@ class JobBackend(BlockBackend):
 class BlockJob(Job):
     """See the module. ``on_error``: the policy for reads (and for writes, where a kind has no other)."""
 
-    def __init__(
-        self, graph: Graph, id: str | None, *, auto_finalize: bool = True, auto_dismiss: bool = True
-    ) -> None:
+    def __init__(self, graph: Graph, id: str | None, *, auto_finalize: bool = True, auto_dismiss: bool = True) -> None:
         super().__init__(id, auto_finalize=auto_finalize, auto_dismiss=auto_dismiss)
         self.graph = graph
         self.rate = RateLimit()
@@ -141,7 +139,9 @@ class BlockJob(Job):
         for backend in backends:
             await self.graph.detach_root(backend)
 
-    def introduce(self, jobs: Jobs, main: Node, speed: int, perm: Perm = Perm.NONE, shared: Perm = Perm.ALL) -> JobBackend:
+    def introduce(
+        self, jobs: Jobs, main: Node, speed: int, perm: Perm = Perm.NONE, shared: Perm = Perm.ALL
+    ) -> JobBackend:
         """Make the job known, hold its main node, set its speed. Raises BlockError, PermissionConflict or LockError; a job
         that was known by then is gone again, and its holds are the caller's to give back with `let_go`."""
         jobs.add(self)
@@ -197,7 +197,9 @@ class BlockJob(Job):
 
     # -- telling -----------------------------------------------------------------------------------------------------
     def announce_ready(self) -> None:
-        self._jobs.emit(BlockJobReady(type=self.kind, device=self.id, len=self.total, offset=self.done, speed=self.rate.speed))
+        self._jobs.emit(
+            BlockJobReady(type=self.kind, device=self.id, len=self.total, offset=self.done, speed=self.rate.speed)
+        )
 
     def announce_pending(self) -> None:
         self._jobs.emit(BlockJobPending(type=self.kind, id=self.id))

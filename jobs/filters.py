@@ -61,5 +61,3 @@ def skip_filters(node: Node) -> Node:
     while node.filtered is not None:
         node = node.filtered.node
     return node
-
-

@@ -399,7 +399,9 @@ class MirrorJob(BlockJob):
     async def _settle_backing(self) -> None:
         image = skip_filters(self._target)
         if self._plan.backing is Backing.OPEN and image.backing is None:
-            await gate.open_backing(image, msgspec.UNSET, image.driver.backing_filename(), image.driver.backing_format())
+            await gate.open_backing(
+                image, msgspec.UNSET, image.driver.backing_filename(), image.driver.backing_format()
+            )
         elif self._plan.backing is Backing.SOURCE and image.backing is None:
             backing = self._source if self._plan.nothing else self._plan.base
             if backing is not None:

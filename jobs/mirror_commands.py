@@ -61,7 +61,13 @@ async def blockdev_mirror(ctx: Context, args: BlockdevMirror) -> None:
     check_root(source)
     target = find_node(ctx, args.target, args.target)
     await _start(
-        ctx, args, source, target, filter_name=args.filter_node_name, stale=args.sync is Sync.FULL, backing=Backing.LEAVE
+        ctx,
+        args,
+        source,
+        target,
+        filter_name=args.filter_node_name,
+        stale=args.sync is Sync.FULL,
+        backing=Backing.LEAVE,
     )
 
 

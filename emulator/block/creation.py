@@ -57,7 +57,6 @@ async def taken(graph: Graph, ref: Any) -> AsyncIterator[Node]:
         await graph.detach_root(backend)
 
 
-
 def _named(graph: Graph, name: str) -> Node:
     if name not in graph.nodes:
         raise NodeNotFound(f"Cannot find device='{name}' nor node-name='{name}'")

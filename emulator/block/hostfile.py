@@ -176,8 +176,10 @@ class HostFile:
 
     def _is_aligned(self, offset: int, view: memoryview) -> bool:
         # The address of a view cannot be asked for cheaply; a buffer that is not page aligned is bounced.
-        return (offset | len(view)) % self.alignment == 0 and isinstance(view.obj, mmap.mmap) and view.nbytes == len(
-            view.obj
+        return (
+            (offset | len(view)) % self.alignment == 0
+            and isinstance(view.obj, mmap.mmap)
+            and view.nbytes == len(view.obj)
         )
 
 

@@ -49,7 +49,9 @@ class CopyOnRead(Driver):
     is_filter = True
 
     async def open(self) -> None:
-        self._edge = await self.node.graph.open_child(self.node, self.options.file, "file", Role.FILTERED | Role.PRIMARY)
+        self._edge = await self.node.graph.open_child(
+            self.node, self.options.file, "file", Role.FILTERED | Role.PRIMARY
+        )
         self._bottom: Node | None = None
         if isinstance(self.options.bottom, str):
             self._bottom = self._find_bottom(self.options.bottom)

@@ -58,7 +58,7 @@ class Recorder:
         place = len(known) if len(known) < PER_POINT else self.chance.randrange(self.seen[name])
         if place < PER_POINT:
             cut = Cut(name, self.platter.after_power_cut(self.chance.randrange(1 << 30)), self.history.copy())
-            known[place:place + 1] = [cut]
+            known[place : place + 1] = [cut]
 
 
 def judge(cut: Cut, folder: Path) -> None:
@@ -121,7 +121,9 @@ class Workload:
                 await asyncio.gather(*(self.write(at, data) for at, data in parts))
             case "zero":
                 self.history.write(offset, bytes(length))
-                await self.backend.write_zeroes(offset, length, self.chance.choice([ZeroFlags.NONE, ZeroFlags.MAY_UNMAP]))
+                await self.backend.write_zeroes(
+                    offset, length, self.chance.choice([ZeroFlags.NONE, ZeroFlags.MAY_UNMAP])
+                )
             case "discard":
                 cluster = self.node.driver.cluster_size()
                 offset, length = offset // cluster * cluster, -(-length // cluster) * cluster

@@ -51,7 +51,10 @@ VARIANTS: Final = {
     "old": ("compat=0.10", {}),
     "data-file": ("data_file={folder}/data.raw", {}),
     "raw-data-file": ("data_file={folder}/data.raw,data_file_raw=on", {}),
-    "small-cache": ("cluster_size=4096", {"l2-cache-size": 8192, "refcount-cache-size": 16384, "l2-cache-entry-size": 4096}),
+    "small-cache": (
+        "cluster_size=4096",
+        {"l2-cache-size": 8192, "refcount-cache-size": 16384, "l2-cache-entry-size": 4096},
+    ),
     "compressed": ("", {}),
     "internal-snapshot": ("", {}),
     "direct": ("", {"cache": {"direct": True}}),
@@ -148,7 +151,9 @@ class Stress:
         chance = random.Random(seed)
         while not self.over:
             try:
-                client = await NbdClient.connect_unix(str(self.daemon.nbd_socket), export, contexts=("base:allocation",))
+                client = await NbdClient.connect_unix(
+                    str(self.daemon.nbd_socket), export, contexts=("base:allocation",)
+                )
             except (OSError, EOFError, NegotiationFailed):
                 return
             workers = [asyncio.create_task(self._work(client, random.Random(chance.random()))) for _ in range(depth)]
@@ -338,7 +343,9 @@ class Stress:
             before = await client.read(start * SECTOR, 2048 * SECTOR)
             for _ in range(5):
                 await asyncio.sleep(0.01)
-                assert await client.read(start * SECTOR, 2048 * SECTOR) == before, f"{image.name} changed under its export"
+                assert await client.read(start * SECTOR, 2048 * SECTOR) == before, (
+                    f"{image.name} changed under its export"
+                )
         finally:
             client.abort()
         await self.command("block-export-del", id=name, mode="hard")
@@ -382,7 +389,9 @@ def one_round(disk: Disk, folder: Path) -> bool:
     }  # fmt: skip
     options = ["--blockdev", json.dumps(node), "--device", "virtio-blk,drive=n0,id=d0,share-rw=on"]
     with Daemon(folder, *options) as daemon, daemon.qmp() as qmp:
-        qmp.call("block-export-add", {"type": "nbd", "id": "guest", "node-name": "d0", "name": "guest", "writable": True})
+        qmp.call(
+            "block-export-add", {"type": "nbd", "id": "guest", "node-name": "d0", "name": "guest", "writable": True}
+        )
         stress = Stress(disk, daemon, qmp)
         asyncio.run(load(stress, seconds=SECONDS))
         print(dict(sorted(stress.done.items())))

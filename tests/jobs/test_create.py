@@ -1,8 +1,8 @@
 """blockdev-create and x-blockdev-amend: as QEMU's, job by job, and what QEMU's tools say of what was made.
 
 Differences that are meant: an existing file is emptied, where QEMU leaves the rest of what was there behind the new image; a
-refused creation leaves it as it was; encryption is refused; a backing format that is not known is the job's error; a size that the
-format cannot hold is told in qemu-img's words.
+refused creation leaves it as it was; encryption is refused; a backing format that is not known is the job's error; a size that
+the format cannot hold is told in qemu-img's words.
 """
 
 from __future__ import annotations
@@ -161,7 +161,9 @@ def test_jobs_answers_and_images_are_those_of_qemu(name: str, tmp_path: Path) ->
 
 def made(qmp: Qmp, **options: Any) -> str | None:
     """Run a creation; returns its error."""
-    qmp.execute("blockdev-create", job_id="job0", options={name.replace("_", "-"): one for name, one in options.items()})
+    qmp.execute(
+        "blockdev-create", job_id="job0", options={name.replace("_", "-"): one for name, one in options.items()}
+    )
     qmp.wait_event("JOB_STATUS_CHANGE", lambda data: data["status"] == "concluded")
     (job,) = qmp.execute("query-jobs")
     qmp.execute("job-dismiss", id="job0")
@@ -172,7 +174,10 @@ def made(qmp: Qmp, **options: Any) -> str | None:
 def test_a_refused_creation_leaves_the_file_as_it_was(short_path: Path) -> None:
     path = short_path / "f"
     path.write_bytes(b"precious" * 512)
-    with Daemon(short_path, "--blockdev", f"file,node-name=f,filename={path}", nbd=False) as daemon, daemon.qmp() as qmp:
+    with (
+        Daemon(short_path, "--blockdev", f"file,node-name=f,filename={path}", nbd=False) as daemon,
+        daemon.qmp() as qmp,
+    ):
         assert made(qmp, driver="qcow2", file="f", size=MIB + 1)
         assert made(qmp, driver="qcow2", file="f", size=MIB, encrypt={"format": "luks", "key-secret": "s"}) == (
             "Encryption of qcow2 images is not supported: there is no cipher here that could write them"

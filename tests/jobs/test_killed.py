@@ -33,7 +33,9 @@ def test_a_killed_job_loses_nothing(name: str, seed: int, short_path: Path, tmp_
     for index, image in enumerate("abcd"):
         below = {"backing": short_path / f"{'abcd'[index - 1]}.qcow2"} if index else {}
         path = create(short_path / f"{image}.qcow2", SIZE, options="cluster_size=4096", **below)
-        writes = [f"write -q -P {chance.randrange(1, 255)} {chance.randrange(SIZE >> 14) << 14} 16k" for _ in range(200)]
+        writes = [
+            f"write -q -P {chance.randrange(1, 255)} {chance.randrange(SIZE >> 14) << 14} 16k" for _ in range(200)
+        ]
         qemu_io(path, *writes)
         node = {"driver": "qcow2", "node-name": image, "file": {"driver": "file", "filename": str(path)}}
         node |= {"backing": "abcd"[index - 1]} if index else {}

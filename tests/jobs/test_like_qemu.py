@@ -311,7 +311,11 @@ class Played:
 
     def _graph(self, qmp: Qmp) -> list[Any]:
         nodes = qmp.execute("query-named-block-nodes", flat=True)
-        members = ("node-name", "drv", "ro", "backing_file") if self._compares_read_only else ("node-name", "drv", "backing_file")
+        members = (
+            ("node-name", "drv", "ro", "backing_file")
+            if self._compares_read_only
+            else ("node-name", "drv", "backing_file")
+        )
         found = [{name: node[name] for name in members if name in node} for node in nodes]
         return sorted((one for one in found if not one["node-name"].startswith("#")), key=lambda one: one["node-name"])
 

@@ -139,7 +139,10 @@ class SectorHistory:
         for sector in range(self.sectors):
             allowed = self._survives[sector] if crashed else set(self._shows[sector])
             found = self._judge(
-                sector, image[sector * SECTOR : (sector + 1) * SECTOR], allowed, "after a crash" if crashed else "at the end"
+                sector,
+                image[sector * SECTOR : (sector + 1) * SECTOR],
+                allowed,
+                "after a crash" if crashed else "at the end",
             )
             self._shows[sector] = {found: self._clock}
             self._survives[sector] = {found}

@@ -20,7 +20,6 @@ from __future__ import annotations
 import errno
 import os
 import stat
-import struct
 from array import array
 from contextlib import suppress
 from dataclasses import dataclass

@@ -113,7 +113,9 @@ async def create_in_nodes(graph: Graph, options: BlockdevCreateOptionsQcow2) -> 
         start = bytearray(4)
         await file.read(0, memoryview(start))
         if bytes(start) != MAGIC:
-            raise BlockError("Image is not in qcow2 format", hint=f"Node '{file.name}' does not keep what is written to it.")
+            raise BlockError(
+                "Image is not in qcow2 format", hint=f"Node '{file.name}' does not keep what is written to it."
+            )
 
 
 def _plain(options: BlockdevCreateOptionsQcow2, data_file: _Str) -> CreateOptions:

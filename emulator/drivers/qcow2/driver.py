@@ -102,8 +102,7 @@ class Qcow2(Driver):
             header = await read_header(edge.node, self._purpose())
         if self.options.encrypt is not msgspec.UNSET:
             raise BlockError(
-                "No encryption in image header, but options specified format "
-                f"'{self.options.encrypt.format.value}'"
+                f"No encryption in image header, but options specified format '{self.options.encrypt.format.value}'"
             )
         await self._open_data_file(header)
         await self._load(header)

@@ -126,7 +126,11 @@ def overlap_sections(options: Qcow2Options) -> Section:
     if isinstance(given, OverlapFlags):
         sections = TEMPLATES[str(pick(given.template, OverlapMode.CACHED).value)]
         for section in Section(511):
-            flag = getattr(given, str(section.name).lower(), UNSET) if section is not Section.MAIN_HEADER else given.main_header
+            flag = (
+                getattr(given, str(section.name).lower(), UNSET)
+                if section is not Section.MAIN_HEADER
+                else given.main_header
+            )
             if flag is not UNSET:
                 sections = sections | section if flag else sections & ~section
         return sections
@@ -151,7 +155,11 @@ def cache_sizes(options: Qcow2Options, header: Header) -> CacheSizes:
             f"L2 cache entry size must be a power of two between {1 << MIN_CLUSTER_BITS} and the cluster size ({cluster})"
         )
     useful = geometry.round_up(geometry.clusters(header.virtual_size) * geometry.l2_entry_size)
-    least = max(MIN_REFCOUNT_CLUSTERS * cluster, MIN_REFCOUNT_CACHE) if options.refcount_cache_size is UNSET else 2 * cluster
+    least = (
+        max(MIN_REFCOUNT_CLUSTERS * cluster, MIN_REFCOUNT_CACHE)
+        if options.refcount_cache_size is UNSET
+        else 2 * cluster
+    )
     l2 = min(useful, int(pick(options.l2_cache_size, DEFAULT_L2_CACHE)))
     refcount = int(pick(options.refcount_cache_size, least))
     if options.cache_size is not UNSET:

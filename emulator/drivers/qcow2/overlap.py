@@ -33,7 +33,10 @@ class Section(IntFlag):
 
 TEMPLATES: dict[str, Section] = {
     "none": Section.NONE,
-    "constant": Section.MAIN_HEADER | Section.REFCOUNT_TABLE | Section.SNAPSHOT_TABLE | Section.BITMAP_DIRECTORY
+    "constant": Section.MAIN_HEADER
+    | Section.REFCOUNT_TABLE
+    | Section.SNAPSHOT_TABLE
+    | Section.BITMAP_DIRECTORY
     | Section.ACTIVE_L1,
     "cached": Section(511) & ~Section.INACTIVE_L2,
     "all": Section(511),

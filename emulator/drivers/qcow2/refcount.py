@@ -54,7 +54,9 @@ class Refcounts:
         self.table = table
         self.table_offset = offset
         guard = self.storage.guard
-        guard.set_ranges(Section.REFCOUNT_TABLE, [(offset, -(-len(table) * 8 // self.cluster_size) * self.cluster_size)])
+        guard.set_ranges(
+            Section.REFCOUNT_TABLE, [(offset, -(-len(table) * 8 // self.cluster_size) * self.cluster_size)]
+        )
         guard.set_clusters(Section.REFCOUNT_BLOCK, (entry & REFCOUNT_TABLE_OFFSET_MASK for entry in table))
 
     # -- blocks --------------------------------------------------------------------------------------------------------
@@ -149,7 +151,9 @@ class Refcounts:
             entries = max(entries, last // self.per_block + 1)
         entries = table_clusters * per_cluster
         if entries * 8 > max(MAX_REFCOUNT_TABLE_BYTES, self.cluster_size):
-            raise OSError(errno.EFBIG, f"{os.strerror(errno.EFBIG)}: refcount table beyond {MAX_REFCOUNT_TABLE_BYTES} bytes")
+            raise OSError(
+                errno.EFBIG, f"{os.strerror(errno.EFBIG)}: refcount table beyond {MAX_REFCOUNT_TABLE_BYTES} bytes"
+            )
         return entries, table_clusters, blocks
 
     def table_piece(self, first: int, ready: set[int]) -> tuple[int, bytes]:

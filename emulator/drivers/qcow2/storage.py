@@ -124,7 +124,9 @@ class Storage:
         if fatal:
             log.error("qcow2: Marking image as corrupt: %s; further corruption events will be suppressed", damage.text)
         else:
-            log.error("qcow2: Image is corrupt: %s; further non-fatal corruption events will be suppressed", damage.text)
+            log.error(
+                "qcow2: Image is corrupt: %s; further non-fatal corruption events will be suppressed", damage.text
+            )
         for told in list(self.node.graph.on_corruption):
             told(self.node, damage.text, damage.offset, damage.size, fatal)
         if fatal:

@@ -64,7 +64,9 @@ class Tables:
     instead; ``extended``: L2 entries of two words; ``granule``: bytes that are mapped as one (cluster or subcluster).
     """
 
-    def __init__(self, storage: Storage, allocator: Allocator, geometry: Geometry, version: int, *, raw_data: bool) -> None:
+    def __init__(
+        self, storage: Storage, allocator: Allocator, geometry: Geometry, version: int, *, raw_data: bool
+    ) -> None:
         self.storage = storage
         self.allocator = allocator
         self.geometry = geometry
@@ -308,8 +310,7 @@ class Tables:
 
     async def _whole_table(self, table_offset: int) -> list[Table[array[int]]]:
         return [
-            await self._load_slice(at)
-            for at in range(table_offset, table_offset + self.cluster_size, self.slice_bytes)
+            await self._load_slice(at) for at in range(table_offset, table_offset + self.cluster_size, self.slice_bytes)
         ]
 
     def _new_table(self, l1_index: int, old: list[Table[array[int]]]) -> None:
@@ -339,7 +340,9 @@ class Tables:
         hit = self.storage.guard.hit(offset, self.cluster_size, Section.ACTIVE_L2)
         if hit is None:
             return None
-        return Damage(f"Preventing invalid write on metadata (overlaps with {hit})", offset=offset, size=self.cluster_size)
+        return Damage(
+            f"Preventing invalid write on metadata (overlaps with {hit})", offset=offset, size=self.cluster_size
+        )
 
     def mark(self, table: Table[array[int]], index: int, count: int) -> None:
         """Entries of a slice were changed."""

@@ -193,7 +193,13 @@ class Writer:
             bare = not image.tables.extended and table.data[index] <= ZERO and table.data[last] <= ZERO
             if not bare or not plan.fresh or image.node.backing is not None:
                 return False  # something around the data has to be copied
-        if node.busy or node.trackers or node.read_only or len(data) > MAX_INLINE or not isinstance(node.driver, FileDriver):
+        if (
+            node.busy
+            or node.trackers
+            or node.read_only
+            or len(data) > MAX_INLINE
+            or not isinstance(node.driver, FileDriver)
+        ):
             return False
         if node.detect_zeroes is not DetectZeroes.OFF or node.write_threshold:
             return False
@@ -295,10 +301,14 @@ class Writer:
         it is. Raises ENOTSUP with a data file, EINVAL for a part of a cluster."""
         image, size = self.image, self.image.geometry.cluster_size
         if image.storage.has_data_file:
-            raise OSError(errno.ENOTSUP, f"{os.strerror(errno.ENOTSUP)}: compressed clusters and a data file exclude each other")
+            raise OSError(
+                errno.ENOTSUP, f"{os.strerror(errno.ENOTSUP)}: compressed clusters and a data file exclude each other"
+            )
         end = offset + len(data)
         if offset % size or (end % size and end != image.size):
-            raise OSError(errno.EINVAL, f"{os.strerror(errno.EINVAL)}: compressed writes take whole clusters of {size} bytes")
+            raise OSError(
+                errno.EINVAL, f"{os.strerror(errno.EINVAL)}: compressed writes take whole clusters of {size} bytes"
+            )
         while len(data):
             await self._write_one_compressed(offset, data[:size])
             offset += size

@@ -123,7 +123,9 @@ class Writeback:
                     sector[index - first] = entries[index]
                 elif index in tables.l1_dirty:
                     sector[index - first] = tables.l1_dirty[index]
-            await self.storage.put(Point.L1_TABLE, Section.ACTIVE_L1, tables.l1_offset + first * 8, table_to_bytes(sector))
+            await self.storage.put(
+                Point.L1_TABLE, Section.ACTIVE_L1, tables.l1_offset + first * 8, table_to_bytes(sector)
+            )
 
     # -- refcounts -----------------------------------------------------------------------------------------------------
     async def write_refcounts(self) -> None:

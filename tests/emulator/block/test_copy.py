@@ -111,7 +111,9 @@ async def copy(source: BlockBackend, target: BlockBackend, offset: int, length: 
 
 @pytest.mark.parametrize("kind", SOURCES)
 @pytest.mark.parametrize("variant", TARGETS)
-def test_the_target_reads_as_the_source_in_the_range_and_as_before_around_it(kind: str, variant: str, tmp_path: Path) -> None:
+def test_the_target_reads_as_the_source_in_the_range_and_as_before_around_it(
+    kind: str, variant: str, tmp_path: Path
+) -> None:
     chance = random.Random(f"{kind} {variant}")
     target = raw_target(tmp_path, "") if variant == "raw" else qcow2_target(tmp_path, VARIANTS[variant])
 
@@ -121,7 +123,10 @@ def test_the_target_reads_as_the_source_in_the_range_and_as_before_around_it(kin
                 source.node.driver.bytes[:] = chance.randbytes(SIZE)
             wanted, model = await read(source, 0, SIZE), bytearray(await read(copied, 0, SIZE))
             ranges = [(chance.randrange(SIZE), chance.randrange(1, 1 << chance.randrange(9, 22))) for _ in range(12)]
-            for start, length in [*((start // 512 * 512, -(-length // 512) * 512) for start, length in ranges), (0, SIZE)]:
+            for start, length in [
+                *((start // 512 * 512, -(-length // 512) * 512) for start, length in ranges),
+                (0, SIZE),
+            ]:
                 length = min(length, SIZE - start)
                 flags = chance.choice((ZeroFlags.NONE, ZeroFlags.MAY_UNMAP))
                 await copy(source, copied, start, length, flags=flags, detect_zeroes=chance.random() < 0.5)

@@ -41,7 +41,9 @@ steps = st.lists(
         st.tuples(st.just("share"), st.integers(0, 3)),
         st.tuples(st.just("hide"), places),
         st.tuples(st.just("snapshot"), st.sampled_from([4096, 65536])),
-        st.tuples(st.just("shrink-table"),),
+        st.tuples(
+            st.just("shrink-table"),
+        ),
     ),
     max_size=25,
 )

@@ -426,9 +426,7 @@ def test_zeroes_past_the_end_never_cut_what_another_write_added_meanwhile(
 
     async def run() -> None:
         graph = new_graph()
-        node = await graph.add(
-            parse({"driver": "file", "node-name": "f", "filename": str(path), "discard": "unmap"})
-        )
+        node = await graph.add(parse({"driver": "file", "node-name": "f", "filename": str(path), "discard": "unmap"}))
         real = os.fstat
 
         def late(fd: int) -> os.stat_result:

@@ -160,7 +160,9 @@ def test_it_goes_into_the_background(short_path: Path) -> None:
     command = ["nbdkit", "-P", pidfile, "-U", socket, "python", PLUGIN, f"path={python_site_packages()}"]
     run([*command, f"file={os.path.relpath(image)}", "format=qcow2"], timeout=30)
     deadline = time.monotonic() + 30
-    while not (pidfile.exists() and pidfile.read_text().endswith("\n")):  # the child writes it after the parent has gone
+    while not (
+        pidfile.exists() and pidfile.read_text().endswith("\n")
+    ):  # the child writes it after the parent has gone
         assert time.monotonic() < deadline
         time.sleep(0.02)
     pid = int(pidfile.read_text())

@@ -199,7 +199,9 @@ def test_arguments_of_all_commands_are_qemus(theirs: list[Entry]) -> None:
     ask += "from livedisk.emulator.qmp.registry import registry\n"
     ask += "from livedisk.emulator.qmp.schema import schema\n"
     ask += "print(json.dumps(schema(registry, known_events())))"
-    entries: list[Entry] = json.loads(subprocess.run([sys.executable, "-c", ask], capture_output=True, check=True).stdout)
+    entries: list[Entry] = json.loads(
+        subprocess.run([sys.executable, "-c", ask], capture_output=True, check=True).stdout
+    )
     known = {entry["name"]: entry for entry in theirs if entry["meta-type"] in ("command", "event")}
     found = []
     for entry in entries:

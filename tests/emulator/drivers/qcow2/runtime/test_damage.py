@@ -152,9 +152,7 @@ def test_allocation_over_metadata_is_prevented_when_refcounts_lie(tmp_path: Path
             return told
 
     told = asyncio.run(write())
-    assert told == [
-        ("Preventing invalid write on metadata (overlaps with active L1 table)", 0x30000, CLUSTER, True)
-    ]
+    assert told == [("Preventing invalid write on metadata (overlaps with active L1 table)", 0x30000, CLUSTER, True)]
 
 
 @pytest.mark.parametrize("mode", ["none", "all"])

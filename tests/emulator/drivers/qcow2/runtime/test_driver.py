@@ -61,7 +61,13 @@ def test_overlap_flags_change_their_template(tmp_path: Path) -> None:
             return disk.image.storage.guard.checked
 
     flags = OverlapFlags(template=OverlapMode.CONSTANT, active_l2=True, main_header=False)
-    wanted = Section.ACTIVE_L1 | Section.ACTIVE_L2 | Section.REFCOUNT_TABLE | Section.SNAPSHOT_TABLE | Section.BITMAP_DIRECTORY
+    wanted = (
+        Section.ACTIVE_L1
+        | Section.ACTIVE_L2
+        | Section.REFCOUNT_TABLE
+        | Section.SNAPSHOT_TABLE
+        | Section.BITMAP_DIRECTORY
+    )
     assert asyncio.run(sections(flags)) == wanted
 
 

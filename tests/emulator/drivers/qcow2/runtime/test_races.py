@@ -38,7 +38,9 @@ def test_a_whole_write_to_a_zero_cluster_that_claims_metadata_is_prevented(tmp_p
     path = create(tmp_path / "image.qcow2", MIB)
     run(["qemu-io", "-f", "qcow2", "-c", "write 0 64k", path])
     l1 = word(path, 40)
-    patch(path, word(path, l1) & ~COPIED, l1 | COPIED | 1)  # reads as zeroes, and its own host cluster is the L1 table's
+    patch(
+        path, word(path, l1) & ~COPIED, l1 | COPIED | 1
+    )  # reads as zeroes, and its own host cluster is the L1 table's
     before = path.read_bytes()[l1 : l1 + CLUSTER]
 
     async def write() -> None:

@@ -117,7 +117,9 @@ def test_every_variant_holds_what_was_written(variant: str, seed: int, cache: in
         judge(path, model, folder)
 
 
-@pytest.mark.parametrize("variant", ["default", "clusters of 512", "version 2", "subclusters", "data file", "lazy refcounts"])
+@pytest.mark.parametrize(
+    "variant", ["default", "clusters of 512", "version 2", "subclusters", "data file", "lazy refcounts"]
+)
 @settings(max_examples=3)
 @given(seed=st.integers(0, 1 << 30))
 def test_what_a_shorter_backing_file_shows_is_kept_around_writes(variant: str, seed: int) -> None:

@@ -39,7 +39,9 @@ def test_growth_moves_the_l1_table_while_writes_go_on(options: str, tmp_path: Pa
     async def grow() -> None:
         async with opened(path) as disk:
             for size in (64 * MIB, 8 << 30 if options != "cluster_size=512" else 256 * MIB):
-                writes = [disk.backend.write(at, memoryview(bytes([at >> 16 & 255]) * 512)) for at in range(0, MIB, 65536)]
+                writes = [
+                    disk.backend.write(at, memoryview(bytes([at >> 16 & 255]) * 512)) for at in range(0, MIB, 65536)
+                ]
                 await asyncio.gather(disk.node.truncate(size), *writes)
                 await disk.write(size - 512, b"e" * 512)
             for at in range(0, MIB, 65536):

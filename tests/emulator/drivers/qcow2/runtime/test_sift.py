@@ -28,7 +28,9 @@ async def entries(disk: Disk) -> list[int]:
 
 
 @pytest.mark.parametrize("variant", CORPUS, ids=lambda variant: variant.name)
-def test_the_flat_map_is_the_same_with_and_without(variant: Variant, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_flat_map_is_the_same_with_and_without(
+    variant: Variant, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     image = make(variant, tmp_path)
 
     async def ask(*, writable: bool) -> tuple[list[int], bool]:
