@@ -33,6 +33,7 @@ from livedisk.emulator.device.tree import DeviceTree
 from livedisk.emulator.errors import LiveDiskError, ParameterError
 from livedisk.emulator.exports.exports import BlockExports
 from livedisk.emulator.qmp import (
+    bitmap_commands,
     block_commands,
     block_commands_snapshot,
     blockdev,
@@ -59,6 +60,7 @@ from livedisk.emulator.qmp.visit import JSON, Syntax, visit
 log = logging.getLogger(__name__)
 
 COMMANDS = (
+    bitmap_commands,
     block_commands,
     block_commands_snapshot,
     blockdev,

@@ -196,6 +196,18 @@ class Driver(ABC):
         """Largest byte offset, exclusive, that the fast path wrote to below this driver, past the node."""
         return 0
 
+    # -- persistent bitmaps --------------------------------------------------------------------------------------------
+    def check_bitmap_storable(self, name: str, granularity: int) -> None:
+        """Raise BlockError, in QEMU's words, if the image cannot store one more bitmap of that name and granularity (bytes)."""
+        raise BlockError(f"Can't store persistent bitmaps to {self.node.name}: {os.strerror(errno.ENOTSUP)}")
+
+    def check_bitmap_removable(self, name: str) -> None:
+        """Raise BlockError if a persistent bitmap cannot be taken out of the image now."""
+
+    async def sync_bitmaps(self) -> None:
+        """Persistent bitmaps of the node were added, removed or changed by something other than writes: put into the image
+        what a crash must not undo. Raises OSError or BlockError."""
+
     # -- permissions -----------------------------------------------------------------------------------------------
     def child_perms(self, edge: Edge, perm: Perm, shared: Perm) -> tuple[Perm, Perm]:
         """What this node needs from and shares on a child, given what its parents need (``perm``) and share."""

@@ -23,6 +23,7 @@ import os
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Protocol
 
+from livedisk.emulator.block.bitmaps import Bitmaps
 from livedisk.emulator.block.permissions import Perm, Role
 from livedisk.emulator.block.types import DetectZeroes, Discard, Kind, NotMapped, Preallocation, Segment, ZeroFlags
 
@@ -131,7 +132,7 @@ class Node:
     ``opened_role``: the node inside whose options this one was described, whose settings it inherits where its own
     options are silent; ``opened_backing``: the backing file name that the image's header had when it was opened;
     ``reopening``: the settings that a reopen under way is about to give the node; ``blockers``: whoever forbids others'
-    operations on it (`blockers.py`), the newest last; ``trackers``; ``own_highest``
+    operations on it (`blockers.py`), the newest last; ``trackers``; ``bitmaps``; ``own_highest``
     (largest byte offset, exclusive, that a request on this node wrote to); ``write_threshold`` (bytes; a write beyond
     it is reported once, 0: none is asked for).
     """
@@ -157,6 +158,7 @@ class Node:
         self.opened_backing: str | None = None
         self.blockers: list[Blocker] = []
         self.trackers: list[DirtyTracker] = []
+        self.bitmaps = Bitmaps(self)
         self.own_highest = 0
         self.write_threshold = 0
         self.perm = Perm.NONE
@@ -429,8 +431,10 @@ class Node:
             await self.driver.truncate(size, exact=exact, prealloc=prealloc)
         finally:
             self._end(request)
+        # What is new is no write of a guest's, but a job that copies must learn of it.
+        self.bitmaps.follow_size()
         if self.size > old:
-            for tracker in self.trackers:
+            for tracker in self.bitmaps.others(self.trackers):
                 tracker.mark(old, self.size - old)
             self._grown(old, self.size - old)
         else:

@@ -12,11 +12,12 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
+from livedisk.emulator.block.bitmaps import DirtyBitmap
 from livedisk.emulator.block.node import Node
 from livedisk.emulator.block.types import DetectZeroes
 from livedisk.emulator.qmp.context import Context
 from livedisk.emulator.qmp.filenames import Names
-from livedisk.emulator.qmp.qapi import UNSET, QapiStruct, UnsetType
+from livedisk.emulator.qmp.qapi import UNSET, QapiStruct, UInt32, UnsetType
 from livedisk.emulator.qmp.registry import command
 
 if TYPE_CHECKING:
@@ -63,6 +64,18 @@ class BlockdevCacheInfo(QapiStruct):
     no_flush: bool
 
 
+class BlockDirtyInfo(QapiStruct, kw_only=True):
+    """A dirty bitmap; ``name`` is absent where it has none. ``count`` and ``granularity`` are bytes."""
+
+    name: str | UnsetType = UNSET
+    count: int
+    granularity: UInt32
+    recording: bool
+    busy: bool
+    persistent: bool
+    inconsistent: bool | UnsetType = UNSET
+
+
 class BlockDeviceInfo(QapiStruct, kw_only=True):
     """A node in use: its image, its state, its (absent) throttling."""
 
@@ -82,6 +95,7 @@ class BlockDeviceInfo(QapiStruct, kw_only=True):
     iops_wr: int = msgspec.field(name="iops_wr")
     image: ImageInfo
     cache: BlockdevCacheInfo
+    dirty_bitmaps: list[BlockDirtyInfo] | UnsetType = UNSET
     write_threshold: int = msgspec.field(name="write_threshold")
     active: bool
 
@@ -165,6 +179,7 @@ class Survey:
             iops_wr=0,
             image=image,
             cache=BlockdevCacheInfo(writeback=writeback, direct=node.cache_direct, no_flush=node.cache_no_flush),
+            dirty_bitmaps=[_bitmap(one) for one in node.bitmaps] or UNSET,
             write_threshold=node.write_threshold,
             active=True,
         )
@@ -214,6 +229,18 @@ class Survey:
             snapshots=[_snapshot(entry) for entry in driver.snapshots()] or UNSET,
             format_specific=UNSET if specific is None else dict(specific),
         )
+
+
+def _bitmap(bitmap: DirtyBitmap) -> BlockDirtyInfo:
+    return BlockDirtyInfo(
+        name=bitmap.name if bitmap.name is not None else UNSET,
+        count=bitmap.count,
+        granularity=bitmap.granularity,
+        recording=bitmap.recording,
+        busy=bitmap.busy,
+        persistent=bitmap.persistent,
+        inconsistent=bitmap.inconsistent or UNSET,
+    )
 
 
 def _snapshot(entry: Mapping[str, Any]) -> SnapshotInfo:
