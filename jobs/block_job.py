@@ -59,7 +59,7 @@ class JobBackend(BlockBackend):
 
     def __init__(self, graph: Graph, job: BlockJob) -> None:
         super().__init__(graph, job.id, description=f"{job.kind} job '{job.id}'")
-        self._job = job
+        self._job = self.owner = job
 
     def quiesce(self) -> None:
         super().quiesce()

@@ -44,6 +44,8 @@ class BlockBackend:
 
     of_job = False
     """Whether it is a job's hold on a node, and no user of its own."""
+    owner: object | None = None
+    """The job whose hold it is."""
 
     def __init__(self, graph: Graph, name: str = "", description: str = "") -> None:
         self.graph = graph

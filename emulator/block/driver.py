@@ -273,8 +273,9 @@ class Driver(ABC):
         raise OSError(errno.ENOTSUP, os.strerror(errno.ENOTSUP))
 
     def cluster_size(self) -> int:
-        """ImageInfo's cluster-size in bytes, or 0."""
-        return 0
+        """ImageInfo's cluster-size in bytes, or 0. A filter has that of what it shows."""
+        edge = self.node.filtered
+        return edge.node.driver.cluster_size() if edge is not None else 0
 
     def specific_info(self) -> Mapping[str, Any] | None:
         """ImageInfo's format-specific member: ``{"type": ..., "data": {...}}``."""
@@ -283,7 +284,7 @@ class Driver(ABC):
     def dirty_flag(self) -> bool | None:
         """Whether the image says of itself that it was not closed (ImageInfo's dirty-flag); None where there is no
         image."""
-        edge = self.node.children.get("file")
+        edge = self.node.filtered or self.node.children.get("file")
         return edge.node.driver.dirty_flag() if edge is not None else False
 
     def snapshots(self) -> Sequence[Mapping[str, Any]]:
@@ -296,7 +297,7 @@ class Driver(ABC):
 
     async def allocated_size(self) -> int | None:
         """Bytes occupied on the host (ImageInfo's actual-size), or None where unknown."""
-        edge = self.node.children.get("file")
+        edge = self.node.filtered or self.node.children.get("file")
         return await edge.node.driver.allocated_size() if edge is not None else None
 
 

@@ -2,7 +2,8 @@
 
 A plain file name (or URI) serves where opening it, with the node's format, would give the same nodes below; that is so
 unless an option changes what the node shows (raw's offset) or its backing file is not the one that its header names.
-Otherwise the name is ``json:{...}``, the options of the whole tree. Source: QEMU ``block.c`` (bdrv_refresh_filename,
+Otherwise the name is ``json:{...}``, the options of the whole tree. A filter that a job put there, and that no user
+named, is called what it shows. Source: QEMU ``block.c`` (bdrv_refresh_filename,
 bdrv_backing_overridden, append_strong_runtime_options); members stand in QEMU's order, so that names compare as text.
 
 A node's name depends on its children's. They are named first, each once, without recursion: chains can be long.
@@ -62,7 +63,10 @@ class Names:
     def _named(self, node: Node) -> _Named:
         for below in _children_first(node, self._known):
             children = {name: self._known[edge.node] for name, edge in below.children.items()}
-            self._known[below] = _Named(below, children)
+            shown = below.filtered
+            self._known[below] = (
+                children[shown.name] if below.implicit and shown is not None else _Named(below, children)
+            )
         return self._known[node]
 
 
@@ -83,7 +87,7 @@ class _Named:
     def __init__(self, node: Node, children: dict[str, _Named]) -> None:
         strong = _strong_options(node)
         self.overridden = self._is_overridden(node, children.get("backing"))
-        self.exact = self._exact(node, children.get("file"), strong)
+        self.exact = self._exact(node, children, strong)
         self.options: dict[str, Any] = {"driver": node.options.driver, **strong}
         own = _own_options(node)
         if "filename" in own:
@@ -107,9 +111,12 @@ class _Named:
             return False  # it is what the header led to
         return recorded != child.name
 
-    def _exact(self, node: Node, file: _Named | None, strong: dict[str, Any]) -> str:
+    def _exact(self, node: Node, children: dict[str, _Named], strong: dict[str, Any]) -> str:
         if not node.children:
             return "" if strong else node.driver.filename
+        if node.driver.is_filter and node.driver.internal:
+            return next(iter(children.values())).name
+        file = children.get("file")
         if node.driver.is_filter or file is None or strong or self.overridden:
             return ""
         below = node.file.node.driver

@@ -159,9 +159,9 @@ class Survey:
 
     async def device(self, node: Node, *, deep: bool, writeback: bool = True) -> BlockDeviceInfo:
         """A node. ``deep``: with the images below it; ``writeback``: the write cache of the device on it."""
-        shown = self._shown(node)
-        image, depth = await self._chain(shown) if deep else (await self._image(shown), 0)
-        backing = node.backing.node if node.backing is not None else None
+        node = self._shown(node)
+        image, depth = await self._chain(node) if deep else (await self._image(node), 0)
+        backing = node.backing.node if node.backing is not None and node.filtered is None else None
         return BlockDeviceInfo(
             file=self._names[node],
             node_name=node.name,

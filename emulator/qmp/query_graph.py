@@ -70,18 +70,26 @@ class _Drawing:
     def number(self, thing: object) -> int:
         return self._ids.setdefault(thing, len(self._ids) + 1)
 
+    def knows(self, thing: object) -> bool:
+        return thing in self._ids
+
     def add(self, thing: object, kind: XDbgBlockGraphNodeType, name: str) -> None:
         self.nodes.insert(0, XDbgBlockGraphNode(id=self.number(thing), type=kind, name=name))
 
     def connect(self, edge: Edge) -> None:
         drawn = XDbgBlockGraphEdge(
-            parent=self.number(edge.parent),
+            parent=self.number(_drawn(edge.parent)),
             child=self.number(edge.node),
             name=edge.name,
             perm=_listed(edge.perm),
             shared_perm=_listed(edge.shared),
         )
         self.edges.insert(0, drawn)
+
+
+def _drawn(parent: object) -> object:
+    """What stands in the picture for an edge's parent: a job, once, for all its holds."""
+    return (parent.owner or parent) if isinstance(parent, BlockBackend) else parent
 
 
 def _listed(perm: Perm) -> list[BlockPermission]:
@@ -102,7 +110,9 @@ async def x_debug_query_block_graph(ctx: Context) -> XDbgBlockGraph:
 
 def _draw_backend(drawing: _Drawing, backend: BlockBackend) -> None:
     kind = XDbgBlockGraphNodeType.BLOCK_JOB if backend.of_job else XDbgBlockGraphNodeType.BLOCK_BACKEND
-    drawing.add(backend, kind, backend.name)
+    drawn = _drawn(backend)
+    if not drawing.knows(drawn):
+        drawing.add(drawn, kind, backend.name)
     if backend.root is not None:
         drawing.connect(backend.root)
 
