@@ -21,7 +21,7 @@ from kit.qmp import Qmp, QmpError
 
 Event = tuple[str, dict[str, Any]]
 
-LOOKS: Final = (
+LOOKS: Final[tuple[tuple[str, dict[str, Any]], ...]] = (
     ("query-jobs", {}),
     ("query-block-jobs", {}),
     ("query-block", {}),
@@ -74,7 +74,7 @@ class Machine(Process):
             return sum(one == name and data.items() <= members.items() for one, members in self.events)
 
         while found() <= skip:
-            self.qmp.events.append(self.qmp._next_event(name, time.monotonic() + self.qmp.timeout))
+            self.qmp.events.append(self.qmp.next_event(name, time.monotonic() + self.qmp.timeout))
             self._collect()
         self._waited[key] = found()
 

@@ -118,7 +118,7 @@ class Qmp:
         looked_at: deque[dict[str, Any]] = deque()
         try:
             while True:
-                event = self.events.popleft() if self.events else self._next_event(name, deadline)
+                event = self.events.popleft() if self.events else self.next_event(name, deadline)
                 if event["event"] == name and matches(event.get("data", {})):
                     data: dict[str, Any] = event.get("data", {})
                     return data
@@ -126,7 +126,9 @@ class Qmp:
         finally:
             self.events.extendleft(reversed(looked_at))
 
-    def _next_event(self, awaited: str, deadline: float) -> dict[str, Any]:
+    def next_event(self, awaited: str, deadline: float) -> dict[str, Any]:
+        """The next event that the server sends, none of those in `events`. ``deadline``: of `time.monotonic`. Raises
+        TimeoutError, which says what was ``awaited``."""
         left = deadline - time.monotonic()
         if left <= 0:
             raise TimeoutError(f"no event {awaited}")

@@ -1,8 +1,8 @@
 """The walkthroughs of docs/walkthroughs.md, run on QEMU and on livedisk: the same replies, events, graphs and images.
 
 A section of that page is a script. Commands of the shell are run in a folder of the peer's own, ``livedisk daemon`` is
-``qemu-system-x86_64`` for QEMU, and what the page prints below a command must be what livedisk answers. The guest writes by way of
-livedisk's export of the device; QEMU, which exports nodes only, is told to write by its human monitor. After each command
+``qemu-system-x86_64`` for QEMU, and what the page prints below a command must be what livedisk answers. The guest writes by
+way of livedisk's export of the device; QEMU, which exports nodes only, is told to write by its human monitor. After each command
 that no running job may race with, the jobs, the devices and the nodes are asked for, and compared.
 
 Differences that remain, each with its reason, stand in `MEANT`. Not compared besides (`kit.machine`): times, names that were
@@ -103,7 +103,13 @@ class Played:
             return
         path = f"{Path(executable()).parent}:/usr/bin:/bin:/usr/sbin"
         done = subprocess.run(
-            ["bash", "-c", line], cwd=self.folder, env={"PATH": path}, capture_output=True, text=True, check=False, timeout=60
+            ["bash", "-c", line],
+            cwd=self.folder,
+            env={"PATH": path},
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=60,
         )
         assert done.returncode == 0 or line.endswith("backing"), f"{line}: {done.stdout}{done.stderr}"
         if printed:
