@@ -95,6 +95,13 @@ class Driver(ABC):
     async def close(self) -> None:
         """Write back what is cached and release everything but the children (the node releases those). Called once."""
 
+    def working(self) -> bool:
+        """Whether the driver does something on its children that none of its parents waits for. A drain waits for `settle`."""
+        return False
+
+    async def settle(self) -> None:
+        """Wait until what `working` told of is over. No request of a parent's is in flight."""
+
     async def inactivate(self) -> None:
         """Put everything on the children so that another process may open the image (before a migration's
         hand-over)."""

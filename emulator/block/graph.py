@@ -24,7 +24,7 @@ import msgspec
 
 from livedisk.emulator.block.backend import BlockBackend
 from livedisk.emulator.block.blockers import check_not_busy
-from livedisk.emulator.block.driver import driver_class
+from livedisk.emulator.block.driver import Driver, driver_class
 from livedisk.emulator.block.node import Edge, Node, Parent
 from livedisk.emulator.block.options import BlockdevOptions
 from livedisk.emulator.block.permissions import Perm, Role, check_edges
@@ -414,13 +414,25 @@ class Graph:
         try:
             drain.extend()
             # Looked at anew each time: the drain may have come to hold more while one was waited for.
-            while busy := next((backend for backend in drain.held if backend.in_flight), None):
-                await busy.idle()
+            while True:
+                if busy := next((backend for backend in drain.held if backend.in_flight), None):
+                    await busy.idle()
+                elif working := self._working_above(nodes):
+                    await working.settle()
+                else:
+                    break
             yield
         finally:
             self._drains.remove(drain)
             for backend in drain.held:
                 backend.unquiesce()
+
+    def _working_above(self, nodes: Collection[Node]) -> Driver | None:
+        """A driver that works by itself on one of the nodes (on any, if none are given)."""
+        for node in self.nodes.values():
+            if node.driver.working() and (not nodes or any(one is node or one in self.below(node) for one in nodes)):
+                return node.driver
+        return None
 
     # -- permissions -------------------------------------------------------------------------------------------------
     def refresh_permissions(self, steps: Transaction | None = None, closing: Collection[Node] = ()) -> None:

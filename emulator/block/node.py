@@ -336,13 +336,23 @@ class Node:
             request = await self._begin_serialising(offset, len(data), step)
         else:
             request = await self._begin(offset, len(data))
+        await self._do_write(request, offset, data)
+        if fua:
+            await self.flush()
+
+    async def write_serialising(self, offset: int, data: memoryview) -> None:
+        """Write once every request that overlaps and came before is over, reads too: none of them sees the new bytes, nor what
+        the caller does to a node below after this write."""
+        self.check_writable()
+        request = await self._begin_serialising(offset, len(data), self.driver.request_alignment)
+        await self._do_write(request, offset, data)
+
+    async def _do_write(self, request: _InFlight, offset: int, data: memoryview) -> None:
         try:
             await self.driver.write(offset, data)
         finally:
             self.written(offset, len(data))
             self._end(request)
-        if fua:
-            await self.flush()
 
     async def write_zeroes(
         self, offset: int, length: int, flags: ZeroFlags = ZeroFlags.NONE, *, fua: bool = False

@@ -1,6 +1,25 @@
 """The built-in drivers, one module or folder each. Importing this package registers them all."""
 
-from livedisk.emulator.drivers import copy_on_read, file, host_device, job_filters, null, raw
+from livedisk.emulator.drivers import (
+    copy_before_write,
+    copy_on_read,
+    file,
+    host_device,
+    job_filters,
+    null,
+    raw,
+    snapshot_access,
+)
 from livedisk.emulator.drivers.qcow2 import driver as qcow2
 
-__all__ = ["copy_on_read", "file", "host_device", "job_filters", "null", "qcow2", "raw"]
+__all__ = [
+    "copy_before_write",
+    "copy_on_read",
+    "file",
+    "host_device",
+    "job_filters",
+    "null",
+    "qcow2",
+    "raw",
+    "snapshot_access",
+]
