@@ -50,6 +50,8 @@ class Driver(ABC):
     """Interprets the content of its file child (qcow2, raw)."""
     is_filter: ClassVar[bool] = False
     """Shows its child's content unchanged (throttle, copy-before-write, blkdebug)."""
+    named_as_child: ClassVar[bool] = False
+    """In queries it goes by its child's file name."""
     supports_backing: ClassVar[bool] = False
     internal: ClassVar[bool] = False
     """Only opened from inside (a job's own filter): users do not find it among the drivers."""
@@ -296,6 +298,10 @@ class Driver(ABC):
 
     def snapshots(self) -> Sequence[Mapping[str, Any]]:
         """The image's internal snapshots, each with the members of QEMU's SnapshotInfo."""
+        return ()
+
+    def own_bitmaps(self) -> Sequence[tuple[int, int]]:
+        """Bitmaps of the driver's own, which queries list after users': granularity and count, bytes."""
         return ()
 
     def specific_stats(self) -> Mapping[str, Any] | None:

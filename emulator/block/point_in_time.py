@@ -13,6 +13,7 @@ The bookkeeping of copy-before-write, without any I/O. A cluster is in one of th
 * Nobody but who took a cluster copies it. It is copied once; if that failed, it is dirty again.
 * A read of the moment that finds its clusters not done reads the node itself, and has them *frozen* until it is over: a write
   that passed because its cluster was copied meanwhile would change what is being read.
+* What the node has grown by since is not of the moment: writes there pass.
 * ``broken``, once set, is final: the moment is lost (a copy failed, and the guest's write was more important). Every write
   passes then, but those into frozen ranges still wait for the reads there.
 
@@ -215,8 +216,10 @@ class PointInTime:
     # -- writes --------------------------------------------------------------------------------------------------------
     def run(self, offset: int, length: int) -> tuple[int, bool]:
         """Of the start of a range: for how many bytes it holds, and whether a write may pass at once."""
+        if offset < self.size:
+            length = min(length, (self._count << self._shift) - offset)
         end = offset + length
-        if self.broken is None:
+        if self.broken is None and offset < self.size:
             first, last = offset >> self._shift, -(-end >> self._shift)
             if self._dirty[first]:
                 stop = self._dirty.find(0, first, last)
@@ -240,7 +243,7 @@ class PointInTime:
         """Whether a write to the range may go at once."""
         if self.broken is None:
             first, last = offset >> self._shift, -(-(offset + length) >> self._shift)
-            if last - first == 1:  # nearly every write of a guest
+            if last - first == 1 and last <= self._count:  # nearly every write of a guest
                 if self._dirty[first] or self._busy[first]:
                     return False
             elif self._dirty.find(1, first, last) >= 0 or self._busy.find(1, first, last) >= 0:

@@ -6,22 +6,23 @@
 Together, the disk and the target show the moment at which the filter was made: `snapshot_access.py` reads it, a backup job copies
 it (`jobs/backup.py`). Which cluster is where, who copies and who reads is kept in `PointInTime`; this driver moves the bytes.
 
-* Reads of the guest show the disk straight and stay on the fast path. So do writes to clusters that were copied already: only they
-  are mapped as writable in place.
-* ``bitmap`` (a dirty bitmap): only its clusters are kept.
-* ``on-cbw-error``: when a cluster cannot be copied, either the guest's write fails (*break-guest-write*), or the guest goes on and
-  the moment is lost (*break-snapshot*): whoever reads or copies it then fails.
-* ``cbw-timeout`` (seconds, 0: none): a copy that takes longer counts as failed. It cannot be taken back: it runs on, and drains
-  wait for it.
-* If the disk is below the target ("image fleecing": the target's readers see through it what was not copied), the copies wait for
-  reads of the target that overlap and came before: those would otherwise read what the guest writes next.
+* Reads of the guest show the disk straight and stay on the fast path. So do writes to clusters that were copied already:
+  only they are mapped as writable in place.
+* ``bitmap`` (a dirty bitmap of any node): only what it says at this moment is kept.
+* ``on-cbw-error``: when a cluster cannot be copied, either the guest's write fails (*break-guest-write*), or the guest goes
+  on and the moment is lost (*break-snapshot*): whoever reads or copies it then fails.
+* ``cbw-timeout`` (seconds, 0: none): a copy that takes longer counts as failed. It cannot be taken back: it runs on, and
+  drains wait for it.
+* If the disk is below the target ("image fleecing": the target's readers see through it what was not copied), the copies
+  wait for reads of the target that overlap and came before: those would otherwise read what the guest writes next.
 
-A cluster is as large as one of the target's, and at least 64 KiB, or ``min-cluster-size``: the target must not fill up the rest of
-its own clusters from elsewhere.
+A cluster is as large as one of the target's, and at least 64 KiB, or ``min-cluster-size``: the target must not fill up the
+rest of its own clusters from elsewhere.
 
-Guests' copies have at most `GUESTS_MEMORY` bytes in memory. Source: QEMU ``block/copy-before-write.c``, ``block/block-copy.c``;
-``qapi/block-core.json`` (BlockdevOptionsCbw); every message was asked from QEMU 10.0.2. Where we differ: zeroes are punched into a
-target that unmaps, and a target without backing file that reads as zeroes already is left alone.
+Guests' copies have at most `GUESTS_MEMORY` bytes in memory. Source: QEMU ``block/copy-before-write.c``,
+``block/block-copy.c``; ``qapi/block-core.json`` (BlockdevOptionsCbw); every message was asked from QEMU 10.0.2. Where we
+differ: zeroes are punched into a target that unmaps, and a target without backing file that reads as zeroes already is left
+alone.
 """
 
 from __future__ import annotations
@@ -31,14 +32,16 @@ import enum
 import errno
 import logging
 import os
+from collections.abc import Sequence
 from typing import Annotated, Final, Protocol
 
 import msgspec
 
+from livedisk.emulator.block.bitmaps import DirtyBitmap
 from livedisk.emulator.block.copy import STEP, CopyFailed, copy_range, run_at
 from livedisk.emulator.block.driver import Driver, register
 from livedisk.emulator.block.node import Edge, Node
-from livedisk.emulator.block.options import BlockdevOptions, BlockdevRef
+from livedisk.emulator.block.options import BlockdevOptions, BlockdevRef, Size
 from livedisk.emulator.block.permissions import Perm, Role, filter_perms
 from livedisk.emulator.block.point_in_time import Held, PointInTime
 from livedisk.emulator.block.status import allocation_depth
@@ -64,14 +67,22 @@ class OnCbwError(enum.StrEnum):
     BREAK_SNAPSHOT = "break-snapshot"
 
 
+class CbwBitmap(msgspec.Struct, rename="kebab", forbid_unknown_fields=True):
+    """A dirty bitmap (QEMU's BlockDirtyBitmap)."""
+
+    node: str
+    name: str
+
+
 class CopyBeforeWriteOptions(BlockdevOptions, kw_only=True):
     """What a copy-before-write filter takes. ``cbw-timeout``: seconds. ``min-cluster-size``: bytes, a power of two."""
 
     file: BlockdevRef
     target: BlockdevRef
+    bitmap: CbwBitmap | msgspec.UnsetType = msgspec.UNSET
     on_cbw_error: OnCbwError = OnCbwError.BREAK_GUEST_WRITE
     cbw_timeout: UInt32 = 0
-    min_cluster_size: UInt32 = 0
+    min_cluster_size: Size = 0
 
 
 class Watcher(Protocol):
@@ -92,6 +103,7 @@ class CopyBeforeWrite(Driver):
     Options = CopyBeforeWriteOptions
     options: CopyBeforeWriteOptions
     is_filter = True
+    named_as_child = True
 
     async def open(self) -> None:
         graph, options = self.node.graph, self.options
@@ -102,14 +114,38 @@ class CopyBeforeWrite(Driver):
         self._late: set[asyncio.Task[None]] = set()
         self._edge = await graph.open_child(self.node, options.file, "file", Role.FILTERED | Role.PRIMARY)
         self._target = await graph.open_child(self.node, options.target, "target", Role.DATA)
+        bitmap = self._find_bitmap(options.bitmap) if isinstance(options.bitmap, CbwBitmap) else None
         try:
             cluster = cluster_size(self._target.node, options.min_cluster_size)
+            self.moment = PointInTime(self._edge.node.size, cluster, self._changed)
+            if bitmap is not None:
+                self._keep_only(bitmap)
         except BlockError as error:
             raise BlockError(f"Cannot create block-copy-state: {error}", hint=error.hint) from error
-        self.moment = PointInTime(self._edge.node.size, cluster, self._changed)
         self.map_granularity = cluster
         self.request_alignment = self._edge.node.driver.request_alignment
         self._room = asyncio.Semaphore(GUESTS_MEMORY // min(max(cluster, GUEST_STEP), STEP))
+
+    def _find_bitmap(self, wanted: CbwBitmap) -> DirtyBitmap:
+        node = self.node.graph.nodes.get(wanted.node)
+        if node is None:
+            raise BlockError(f"Node '{wanted.node}' not found")
+        return node.bitmaps.get(wanted.name)
+
+    def _keep_only(self, bitmap: DirtyBitmap) -> None:
+        """The moment is only of what ``bitmap`` says. Raises BlockError."""
+        try:
+            bitmap.check_usable(allow_read_only=True)
+            if bitmap.size != self.moment.size:
+                raise BlockError(
+                    f"Bitmaps are of different sizes (destination size is {self.moment.size} and source size is "
+                    f"{bitmap.size}) and can't be merged"
+                )
+        except BlockError as error:
+            raise BlockError(
+                f"Failed to merge bitmap '{bitmap.name}' to internal copy-bitmap: {error}", hint=error.hint
+            ) from error
+        self.moment.restrict(bitmap.runs())
 
     async def close(self) -> None:
         await self.settle()
@@ -172,10 +208,16 @@ class CopyBeforeWrite(Driver):
         await self._edge.node.write_compressed(offset, data)
 
     async def truncate(self, size: int, *, exact: bool, prealloc: Preallocation) -> None:
-        raise BlockError(f"Node '{self.node.name}' keeps what its disk was: it cannot be resized")
+        if size < self.size:
+            await self._before_change(size, self.size - size)
+        await self._edge.node.truncate(size, exact=exact, prealloc=prealloc)
 
     def highest_written(self) -> int:
         return self._edge.node.wr_highest
+
+    def own_bitmaps(self) -> Sequence[tuple[int, int]]:
+        dirty, access, done = self.moment.counts()
+        return [(self.moment.cluster, count) for count in (access, done, dirty)]
 
     def cluster_size(self) -> int:
         return self._edge.node.driver.cluster_size()
@@ -262,9 +304,7 @@ class CopyBeforeWrite(Driver):
         offset, length = held.start, held.length
         if not await self._nothing_to_write(held):
             target = _Ordered(self._target) if self._is_fleecing() else self._target
-            await copy_range(
-                self._edge, target, offset, length, flags=ZeroFlags.MAY_UNMAP, compressed=self.compressed
-            )
+            await copy_range(self._edge, target, offset, length, flags=ZeroFlags.MAY_UNMAP, compressed=self.compressed)
         if self.discard_source:
             try:
                 await self._edge.node.discard(offset, length)
@@ -305,7 +345,7 @@ class CopyBeforeWrite(Driver):
         return self._edge.node in self.node.graph.below(self._target.node)
 
     async def forget(self, offset: int, length: int) -> None:
-        """Nobody will read the clusters that lie whole in the range any more: they need not be copied, nor kept. Raises OSError."""
+        """Nobody will read the clusters that lie whole in the range any more: neither copy nor keep them. Raises OSError."""
         self.moment.drop(offset, length)
         await self._target.node.discard(offset, length)
 
@@ -338,6 +378,8 @@ class _Ordered(Edge):
 
 def cluster_size(target: Node, least: int) -> int:
     """Bytes to be copied as one. Raises BlockError in QEMU's words."""
+    if least >= 1 << 63:
+        raise BlockError(f"min-cluster-size too large: {least} > {(1 << 63) - 1}")
     if least & (least - 1):
         raise BlockError("min-cluster-size needs to be a power of 2")
     least = max(least, DEFAULT_CLUSTER)
@@ -353,8 +395,6 @@ def cluster_size(target: Node, least: int) -> int:
             least,
         )
     return max(least, own)
-
-
 
 
 register(CopyBeforeWrite)

@@ -37,6 +37,7 @@ class JobFilter(Driver):
     options: JobFilterOptions
     is_filter = True
     internal = True
+    named_as_child = True
 
     async def open(self) -> None:
         role = Role.FILTERED | Role.PRIMARY

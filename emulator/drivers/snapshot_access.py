@@ -7,11 +7,11 @@ A cluster that was copied is read from the target, any other from the disk itsel
 takes: a guest's write whose copy was made meanwhile waits for it (`PointInTime`). On the fast path nothing need be frozen, such
 a read is over before anything else happens.
 
-What the filter's ``bitmap`` leaves out, what was discarded here (the reader is done with it: it is neither copied nor kept any more)
-and everything, once the moment is lost, gives EACCES. It takes no writes.
+What the filter's ``bitmap`` leaves out, what was discarded here (the reader is done with it: it is neither copied nor kept
+any more) and everything, once the moment is lost, gives EACCES. It takes no writes.
 
-Block status is that of the place where the bytes are. Where we differ: QEMU looks at the topmost layer of the disk only, and tells
-of what stands in a backing file as of a hole that is not zero. Source: QEMU ``block/snapshot-access.c``,
+Block status is that of the place where the bytes are. Where we differ: QEMU looks at the topmost layer of the disk only,
+and tells of what stands in a backing file as of a hole that is not zero. Source: QEMU ``block/snapshot-access.c``,
 ``block/copy-before-write.c`` (cbw_co_preadv_snapshot and its neighbours).
 """
 
@@ -42,16 +42,20 @@ class SnapshotAccess(Driver):
     name = "snapshot-access"
     Options = SnapshotAccessOptions
     options: SnapshotAccessOptions
+    named_as_child = True
 
     async def open(self) -> None:
-        self._edge = await self.node.graph.open_child(self.node, self.options.file, "file", Role.FILTERED | Role.PRIMARY)
+        self._edge = await self.node.graph.open_child(
+            self.node, self.options.file, "file", Role.FILTERED | Role.PRIMARY
+        )
         below = self._edge.node.driver
         self.map_granularity = below.map_granularity
         self.request_alignment = below.request_alignment
 
     @property
     def size(self) -> int:
-        return self._edge.node.size
+        below = self._edge.node.driver
+        return below.moment.size if isinstance(below, CopyBeforeWrite) else below.size
 
     @property
     def _filter(self) -> CopyBeforeWrite:

@@ -114,7 +114,7 @@ class _Named:
     def _exact(self, node: Node, children: dict[str, _Named], strong: dict[str, Any]) -> str:
         if not node.children:
             return "" if strong else node.driver.filename
-        if node.driver.is_filter and node.driver.internal:
+        if node.driver.named_as_child:
             return next(iter(children.values())).name
         file = children.get("file")
         if node.driver.is_filter or file is None or strong or self.overridden:

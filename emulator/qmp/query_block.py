@@ -179,7 +179,7 @@ class Survey:
             iops_wr=0,
             image=image,
             cache=BlockdevCacheInfo(writeback=writeback, direct=node.cache_direct, no_flush=node.cache_no_flush),
-            dirty_bitmaps=[_bitmap(one) for one in node.bitmaps] or UNSET,
+            dirty_bitmaps=[*map(_bitmap, node.bitmaps), *map(_own_bitmap, node.driver.own_bitmaps())] or UNSET,
             write_threshold=node.write_threshold,
             active=True,
         )
@@ -241,6 +241,11 @@ def _bitmap(bitmap: DirtyBitmap) -> BlockDirtyInfo:
         persistent=bitmap.persistent,
         inconsistent=bitmap.inconsistent or UNSET,
     )
+
+
+def _own_bitmap(one: tuple[int, int]) -> BlockDirtyInfo:
+    granularity, count = one
+    return BlockDirtyInfo(granularity=granularity, count=count, recording=False, busy=False, persistent=False)
 
 
 def _snapshot(entry: Mapping[str, Any]) -> SnapshotInfo:
