@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Final
 
 import msgspec
 
+from livedisk.emulator.block.debug import Event, primary, tell
 from livedisk.emulator.block.options import BlockdevOptions
 from livedisk.emulator.block.permissions import Perm, Role, backing_perms, filter_perms, storage_perms
 from livedisk.emulator.block.types import Preallocation, Segment, ZeroFlags
@@ -24,6 +25,7 @@ from livedisk.emulator.errors import BlockError
 
 if TYPE_CHECKING:
     from livedisk.emulator.block.creation import BlockdevAmendOptions, BlockdevCreateOptions
+    from livedisk.emulator.block.debug import Breakpoints, Debugger
     from livedisk.emulator.block.graph import Graph
     from livedisk.emulator.block.node import Edge, Node
     from livedisk.emulator.block.status import BlockStatus
@@ -53,6 +55,8 @@ class Driver(ABC):
     named_as_child: ClassVar[bool] = False
     """In queries it goes by its child's file name."""
     supports_backing: ClassVar[bool] = False
+    filename_children: ClassVar[tuple[str, ...]] = ()
+    """Options that `parse_filename` gives as the file name of a child."""
     internal: ClassVar[bool] = False
     """Only opened from inside (a job's own filter): users do not find it among the drivers."""
     request_alignment: int = 1
@@ -87,6 +91,16 @@ class Driver(ABC):
     async def amend(self, options: Any, *, force: bool) -> None:
         """Change the format's own properties in the image. Raises BlockError or OSError."""
         raise BlockError("Driver does not support x-blockdev-amend")
+
+    # -- tests of errors (`block/debug.py`) --------------------------------------------------------------------------
+    @property
+    def debugger(self) -> Debugger | None:
+        """Whoever is told of the debug events of the format above this node; only blkdebug listens."""
+        return None
+
+    def breakpoints(self) -> Breakpoints | None:
+        """Who takes breakpoints for a monitor, if it is this node itself."""
+        return None
 
     # -- life ------------------------------------------------------------------------------------------------------
     @abstractmethod
@@ -190,6 +204,7 @@ class Driver(ABC):
     async def flush(self) -> None:
         """Put all acknowledged writes on stable storage: own metadata first, then every child that takes writes."""
         await self.flush_metadata()
+        await tell(primary(self.node), Event.FLUSH_TO_DISK)
         for edge in list(self.node.children.values()):
             if edge.perm & (Perm.WRITE | Perm.WRITE_UNCHANGED):
                 await edge.node.flush()
@@ -249,7 +264,8 @@ class Driver(ABC):
         generic = BlockdevOptions.__struct_fields__
         for field in msgspec.structs.fields(type(options)):
             old, new = getattr(self.options, field.name), getattr(options, field.name)
-            is_child = field.name in ("file", "backing", "data_file") or isinstance(new, BlockdevOptions)
+            is_child = field.encode_name in self.node.children or isinstance(new, BlockdevOptions)
+            is_child = is_child or field.name in ("file", "backing", "data_file")
             if field.name in generic or field.name in changeable or is_child or old == new:
                 continue
             if new is msgspec.UNSET or new == field.default:
@@ -268,6 +284,17 @@ class Driver(ABC):
         """What QEMU calls the exact filename: a path or URI, or "" where there is none of that form."""
         edge = self.node.children.get("file")
         return edge.node.driver.filename if edge is not None else ""
+
+    def exact_filename(self, children: Mapping[str, str], strong: Collection[str]) -> str | None:
+        """The plain name that means this node with its children, from theirs (by edge; "" where they have none) and the names
+        of the given options that matter; "": there is none. None: the rule for all drivers decides."""
+        return None
+
+    @classmethod
+    def parse_filename(cls, rest: str) -> dict[str, str] | None:
+        """The options that a file name of the form ``DRIVER:rest`` means; of the children in ``filename_children``, their
+        file names. Raises BlockError. None: this driver has no such form."""
+        return None
 
     def backing_filename(self) -> str | None:
         """The backing file name as the image's header has it, or None."""

@@ -23,7 +23,7 @@ from typing import Any, Final
 
 import msgspec
 
-from livedisk.emulator.block.driver import DRIVERS, driver_class
+from livedisk.emulator.block.driver import DRIVERS, Driver, driver_class
 from livedisk.emulator.block.node import Edge, Node
 from livedisk.emulator.block.options import BlockdevOptions
 from livedisk.emulator.block.permissions import Role
@@ -88,10 +88,18 @@ def protocol_options(node: Node, filename: str) -> BlockdevOptions:
     if name == "file":
         name = "host_device" if _is_block_device(path) and "host_device" in DRIVERS else "file"
     cls = DRIVERS.get(name)
+    given = cls.parse_filename(path.partition(":")[2]) if cls is not None else None
+    if cls is not None and given is not None:
+        return cls.Options(driver=name, **{key: _named_child(node, cls, key, value) for key, value in given.items()})
     if cls is None or "filename" not in cls.Options.__struct_fields__:
         raise BlockError(f"Unknown protocol '{name}'", hint=f"'{filename}' cannot be opened from inside an image.")
     make: Callable[..., BlockdevOptions] = cls.Options
     return make(driver=name, filename=path)
+
+
+def _named_child(node: Node, cls: type[Driver], key: str, value: Any) -> Any:
+    """A value that a file name gave: of a child, the options that its own file name means."""
+    return protocol_options(node, value) if key in cls.filename_children else value
 
 
 def _is_block_device(path: str) -> bool:

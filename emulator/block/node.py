@@ -24,6 +24,7 @@ from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Protocol
 
 from livedisk.emulator.block.bitmaps import Bitmaps
+from livedisk.emulator.block.debug import Event, primary, tell
 from livedisk.emulator.block.permissions import Perm, Role
 from livedisk.emulator.block.types import DetectZeroes, Discard, Kind, NotMapped, Preallocation, Segment, ZeroFlags
 
@@ -306,11 +307,14 @@ class Node:
     async def _read_segment(self, segment: Segment, offset: int, part: memoryview) -> None:
         if segment.kind is Kind.DATA:
             assert segment.source is not None
+            if self.driver.is_format:
+                await tell(self.children.get("file"), Event.READ_AIO)
             await segment.source.read(segment.offset, part)
         elif segment.kind is Kind.ZERO:
             fill_zeroes(part)
         elif segment.kind is Kind.UNALLOCATED:
             if self.backing is not None:
+                await tell(self.children.get("file"), Event.READ_BACKING_AIO)
                 await self.backing.read(offset, part)
             else:
                 fill_zeroes(part)
@@ -427,6 +431,7 @@ class Node:
 
     async def flush(self) -> None:
         """Put every acknowledged write on stable storage, down through the children."""
+        await tell(primary(self), Event.FLUSH_TO_OS)
         if self.cache_no_flush:
             await self.driver.flush_metadata()
         else:

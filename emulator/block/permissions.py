@@ -30,6 +30,15 @@ class Perm(enum.IntFlag):
     ALL = 15
 
 
+class BlockPermission(enum.StrEnum):
+    """One permission, in introspection's spelling."""
+
+    CONSISTENT_READ = "consistent-read"
+    WRITE = "write"
+    WRITE_UNCHANGED = "write-unchanged"
+    RESIZE = "resize"
+
+
 class Role(enum.IntFlag):
     """What an edge is for (QEMU's BdrvChildRole)."""
 

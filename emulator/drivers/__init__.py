@@ -1,6 +1,7 @@
 """The built-in drivers, one module or folder each. Importing this package registers them all."""
 
 from livedisk.emulator.drivers import (
+    blkdebug,
     copy_before_write,
     copy_on_read,
     file,
@@ -13,6 +14,7 @@ from livedisk.emulator.drivers import (
 from livedisk.emulator.drivers.qcow2 import driver as qcow2
 
 __all__ = [
+    "blkdebug",
     "copy_before_write",
     "copy_on_read",
     "file",

@@ -20,6 +20,7 @@ from typing import Any
 
 import msgspec
 
+from livedisk.emulator.block.debug import Event
 from livedisk.emulator.block.driver import Driver, register
 from livedisk.emulator.block.node import Edge, Node, is_zero
 from livedisk.emulator.block.options import BlockdevOptions, BlockdevRef
@@ -163,6 +164,8 @@ async def _copy_chunk(node: Node, offset: int, length: int) -> None:
 
 async def _keep(node: Node, offset: int, data: memoryview) -> None:
     """Write what was read from below; zeroes as zeroes."""
+    if node.driver.debugger is not None:
+        await node.driver.debugger.event(Event.COR_WRITE)
     if is_zero(data):
         try:
             await node.driver.write_zeroes(offset, len(data), ZeroFlags.MAY_UNMAP)

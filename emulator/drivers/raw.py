@@ -13,6 +13,7 @@ from typing import Any
 
 import msgspec
 
+from livedisk.emulator.block.debug import Debugger, Event, tell
 from livedisk.emulator.block.driver import Driver, register
 from livedisk.emulator.block.node import Edge
 from livedisk.emulator.block.options import BlockdevOptions, BlockdevRef, Natural
@@ -77,6 +78,10 @@ class RawDriver(Driver):
     def shows_through(self) -> bool:
         return True
 
+    @property
+    def debugger(self) -> Debugger | None:
+        return self._edge.node.driver.debugger
+
     # -- moving bytes ------------------------------------------------------------------------------------------------
     def _check_inside(self, offset: int, length: int) -> None:
         """A write past the end of a part would hit what is not ours."""
@@ -85,6 +90,7 @@ class RawDriver(Driver):
 
     async def write(self, offset: int, data: memoryview) -> None:
         self._check_inside(offset, len(data))
+        await tell(self._edge, Event.WRITE_AIO)
         await self._edge.write(self._offset + offset, data)
 
     async def write_zeroes(self, offset: int, length: int, flags: ZeroFlags) -> None:

@@ -112,6 +112,9 @@ class _Named:
         return recorded != child.name
 
     def _exact(self, node: Node, children: dict[str, _Named], strong: dict[str, Any]) -> str:
+        own = node.driver.exact_filename({name: child.exact for name, child in children.items()}, strong)
+        if own is not None:
+            return own
         if not node.children:
             return "" if strong else node.driver.filename
         if node.driver.named_as_child:
@@ -120,7 +123,8 @@ class _Named:
         if node.driver.is_filter or file is None or strong or self.overridden:
             return ""
         below = node.file.node.driver
-        return "" if below.is_format or below.is_filter else file.exact
+        is_storage = not (below.is_format or below.is_filter) or below.filename_children
+        return file.exact if is_storage else ""
 
 
 def _children_first(node: Node, known: Container[Node]) -> Iterator[Node]:

@@ -10,7 +10,7 @@ import enum
 
 from livedisk.emulator.block.backend import BlockBackend
 from livedisk.emulator.block.node import Edge, Node
-from livedisk.emulator.block.permissions import Perm
+from livedisk.emulator.block.permissions import BlockPermission, Perm
 from livedisk.emulator.qmp.context import Context
 from livedisk.emulator.qmp.qapi import QapiStruct
 from livedisk.emulator.qmp.query_block import creation_order
@@ -23,15 +23,6 @@ class XDbgBlockGraphNodeType(enum.StrEnum):
     BLOCK_BACKEND = "block-backend"
     BLOCK_JOB = "block-job"
     BLOCK_DRIVER = "block-driver"
-
-
-class BlockPermission(enum.StrEnum):
-    """One permission, in introspection's spelling."""
-
-    CONSISTENT_READ = "consistent-read"
-    WRITE = "write"
-    WRITE_UNCHANGED = "write-unchanged"
-    RESIZE = "resize"
 
 
 class XDbgBlockGraphNode(QapiStruct):

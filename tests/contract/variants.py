@@ -70,6 +70,23 @@ def raw_offset(folder: Path, size: int) -> dict[str, Any]:
     return {"driver": "raw", "offset": 1024, "discard": "unmap", "file": file}
 
 
+BLKDEBUG_LIMITS = {
+    "align": 512,
+    "max-transfer": 65536,
+    "opt-write-zero": 8192,
+    "max-write-zero": 65536,
+    "opt-discard": 8192,
+    "max-discard": 131072,
+}
+
+
+def blkdebug(**limits: Any) -> Callable[[Path, int], dict[str, Any]]:
+    def make(folder: Path, size: int) -> dict[str, Any]:
+        return {"driver": "blkdebug", "discard": "unmap", "image": plain(folder, size, discard="unmap"), **limits}
+
+    return make
+
+
 def qcow2(options: str = "", **node: Any) -> Callable[[Path, int], dict[str, Any]]:
     def make(folder: Path, size: int) -> dict[str, Any]:
         path = folder / "image.qcow2"
@@ -105,6 +122,8 @@ VARIANTS: list[Variant] = [
     Variant("raw-direct", raw_driver(cache={"direct": True}), content=pattern),
     Variant("raw-part", raw_part, resizable=False, content=pattern),
     Variant("raw-offset", raw_offset, resizable=False, content=lambda size: pattern(size)[:-100] + bytes(100)),
+    Variant("blkdebug", blkdebug(), content=pattern),
+    Variant("blkdebug-limits", blkdebug(**BLKDEBUG_LIMITS), resizable=False, content=pattern),
     Variant("qcow2", qcow2()),
     Variant("qcow2-512", qcow2("cluster_size=512")),
     Variant("qcow2-2M", qcow2("cluster_size=2M")),

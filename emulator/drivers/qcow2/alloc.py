@@ -19,6 +19,7 @@ from array import array
 from collections.abc import Awaitable, Callable
 from typing import NamedTuple
 
+from livedisk.emulator.block.debug import Event
 from livedisk.emulator.drivers.qcow2.cache import Table
 from livedisk.emulator.drivers.qcow2.geometry import table_to_bytes
 from livedisk.emulator.drivers.qcow2.header import REFCOUNT_TABLE_AT
@@ -119,7 +120,9 @@ class Allocator:
             if index != self._search // per_block:
                 continue  # something below was freed meanwhile
             if block is None:
-                self._search = self._new_block(index, max(self._search, index * per_block))
+                await self.storage.tell(Event.REFBLOCK_ALLOC)
+                if index == self._search // per_block and not refcounts.exists(index):
+                    self._search = self._new_block(index, max(self._search, index * per_block))
                 continue
             free = refcounts.fields.find_free(block.data, self._search - index * per_block)
             if free < 0:
@@ -197,6 +200,7 @@ class Allocator:
 
     async def packed(self, length: int) -> int:
         """Room for ``length`` bytes of a compressed cluster, next to the one before where that fits: its offset."""
+        await self.storage.tell(Event.CLUSTER_ALLOC_BYTES)
         while self._packed_to:
             offset = self._packed_to
             cluster = offset // self.cluster_size
@@ -296,6 +300,7 @@ class Allocator:
         size, per_block = self.cluster_size, self.refcounts.per_block
         first = entry.offset // size
         last = (entry.offset + entry.length - 1) // size
+        await self.storage.tell(Event.CLUSTER_FREE)
         while first <= last:
             part = min(last + 1, (first // per_block + 1) * per_block) - first
             try:

@@ -17,6 +17,7 @@ from array import array
 from dataclasses import dataclass
 from typing import Final
 
+from livedisk.emulator.block.debug import Event
 from livedisk.emulator.block.driver import SLOW_GRANULE, ZERO_GRANULE
 from livedisk.emulator.block.node import Edge, Node, fill_zeroes
 from livedisk.emulator.block.types import HostOffset, Kind, NotMapped, Segment
@@ -112,7 +113,7 @@ class Image:
         header, size = self.header, self.geometry.cluster_size
         l1 = await self.storage.read(header.l1_table_offset, header.l1_size * 8)
         self.tables.adopt(table_from_bytes(l1), header.l1_table_offset)
-        table = await self.storage.read(header.refcount_table_offset, header.refcount_table_clusters * size)
+        table = await self.storage.read(header.refcount_table_offset, header.refcount_table_clusters * size, Event.REFTABLE_LOAD)
         self.refcounts.adopt(table_from_bytes(table), header.refcount_table_offset)
         if header.bitmaps is not None:
             directory = header.bitmaps
@@ -249,12 +250,14 @@ class Image:
             damage = self.tables.misplaced(run, offset)
             if damage is not None:
                 raise await self.storage.corrupt(damage)
+            await self.storage.tell(Event.READ_AIO)
             await self.storage.data.read(run.host, view)
         elif run.state is State.COMPRESSED:
             await self.read_compressed(run, offset, view)
         elif run.state is State.INVALID:
             raise await self.storage.corrupt(self.tables.damage(offset))
         elif run.state in (State.UNALLOCATED, State.UNALLOCATED_ALLOC) and self.node.backing is not None:
+            await self.storage.tell(Event.READ_BACKING_AIO)
             await self.node.backing.read(offset, view)
         else:
             fill_zeroes(view)
@@ -264,7 +267,7 @@ class Image:
         plain = self.decompressor.known(run.entry)
         if plain is None:
             where, length = self.geometry.compressed_extent(run.entry)
-            plain = await self.decompressor.unpack(run.entry, await self.storage.read(where, length))
+            plain = await self.decompressor.unpack(run.entry, await self.storage.read(where, length, Event.READ_COMPRESSED))
         inside = self.geometry.into_cluster(offset)
         view[:] = plain[inside : inside + len(view)]
 

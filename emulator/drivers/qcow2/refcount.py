@@ -14,6 +14,7 @@ import errno
 import os
 from array import array
 
+from livedisk.emulator.block.debug import Event
 from livedisk.emulator.drivers.qcow2.cache import Table, TableCache
 from livedisk.emulator.drivers.qcow2.fields import RefcountFields
 from livedisk.emulator.drivers.qcow2.geometry import (
@@ -91,7 +92,7 @@ class Refcounts:
             return
         done = self._loading[offset] = asyncio.get_running_loop().create_future()
         try:
-            self.blocks.insert(Table(offset, await self.storage.read(offset, self.cluster_size)))
+            self.blocks.insert(Table(offset, await self.storage.read(offset, self.cluster_size, Event.REFBLOCK_LOAD)))
         finally:
             del self._loading[offset]
             done.set_result(None)

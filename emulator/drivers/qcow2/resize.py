@@ -13,6 +13,7 @@ import struct
 from array import array
 from typing import TYPE_CHECKING
 
+from livedisk.emulator.block.debug import Event
 from livedisk.emulator.block.types import Preallocation, ZeroFlags
 from livedisk.emulator.drivers.qcow2.geometry import COPIED, MAX_L1_BYTES, OFFSET_MASK, SECTOR, table_to_bytes
 from livedisk.emulator.drivers.qcow2.header import L1_AT, SIZE_AT
@@ -65,6 +66,7 @@ async def _grow_l1(image: Image, needed: int) -> None:
     """Move the L1 table to a place with room for ``needed`` entries."""
     tables, allocator, geometry = image.tables, image.allocator, image.geometry
     await image.before_allocation()
+    await image.storage.tell(Event.L1_GROW_ALLOC_TABLE)
     clusters = geometry.clusters(needed * 8)
     offset = await allocator.contiguous(clusters)
     async with image.writeback.exclusive():
@@ -170,6 +172,8 @@ async def _shrink(image: Image, size: int, *, exact: bool) -> None:
     old = geometry.round_up(image.size)
     await _put_size(image, size)
     await image.zeroer.drop(geometry.round_up(size), old)
+    await image.storage.tell(Event.L1_SHRINK_WRITE_TABLE)
+    await image.storage.tell(Event.L1_SHRINK_FREE_L2_CLUSTERS)
     _drop_l2_tables(image, geometry.l1_entries(size))
     await image.writeback.run()
     if image.storage.has_data_file and exact:

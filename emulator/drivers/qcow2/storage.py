@@ -14,13 +14,28 @@ import errno
 import logging
 import os
 from collections.abc import Awaitable, Callable
-from typing import Protocol
+from typing import Final, Protocol
 
+from livedisk.emulator.block.debug import Event, tell
 from livedisk.emulator.block.node import Edge, Node
 from livedisk.emulator.drivers.qcow2.overlap import OverlapGuard, Section
 from livedisk.emulator.drivers.qcow2.points import Point
 
 log = logging.getLogger(__name__)
+
+_EVENTS: Final = {
+    Point.REFCOUNT_BLOCK: Event.REFBLOCK_UPDATE_PART,
+    Point.REFCOUNT_TABLE: Event.REFBLOCK_ALLOC_HOOKUP,
+    Point.REFCOUNT_TABLE_GROW: Event.REFBLOCK_ALLOC_WRITE_TABLE,
+    Point.REFCOUNT_TABLE_SWITCH: Event.REFBLOCK_ALLOC_SWITCH_TABLE,
+    Point.L2_TABLE: Event.L2_UPDATE,
+    Point.L1_TABLE: Event.L1_UPDATE,
+    Point.L1_GROW: Event.L1_GROW_WRITE_TABLE,
+    Point.L1_SWITCH: Event.L1_GROW_ACTIVATE_TABLE,
+}
+"""What QEMU calls these writes."""
+_NEW_BLOCK: Final = Event.REFBLOCK_ALLOC_WRITE_BLOCKS
+"""And a refcount block that nothing refers to yet."""
 
 
 def c_hex(number: int) -> str:
@@ -74,9 +89,20 @@ class Storage:
         """Holds the guest's data."""
         return self.node.children["data-file" if self.has_data_file else "file"]
 
-    async def read(self, offset: int, length: int) -> bytearray:
-        """``length`` bytes of the file; what lies past its end reads as zeroes."""
+    @property
+    def is_watched(self) -> bool:
+        """Whether somebody below listens to debug events."""
+        return self.file.node.driver.debugger is not None
+
+    async def tell(self, event: Event) -> None:
+        """It is about to happen, for whoever injects errors below."""
+        await tell(self.file, event)
+
+    async def read(self, offset: int, length: int, event: Event | None = None) -> bytearray:
+        """``length`` bytes of the file; what lies past its end reads as zeroes. ``event``: what they are read for."""
         raw = bytearray(length)
+        if event is not None:
+            await tell(self.file, event)
         await self.file.read(offset, memoryview(raw))
         return raw
 
@@ -84,6 +110,9 @@ class Storage:
         """Write metadata of that section. Raises EIO, having marked the image, if other metadata stands there."""
         self.check_alive()
         await self.check_overlap(offset, len(data), but=section)
+        event = _NEW_BLOCK if section is Section.NONE and point is Point.REFCOUNT_BLOCK else _EVENTS.get(point)
+        if event is not None:
+            await tell(self.file, event)
         if self.observer is not None:
             self.observer(point)
         await self.file.write(offset, memoryview(data))

@@ -15,6 +15,7 @@ from array import array
 from enum import IntEnum
 from typing import Final, NamedTuple
 
+from livedisk.emulator.block.debug import Event
 from livedisk.emulator.block.types import NotMapped
 from livedisk.emulator.drivers.qcow2.alloc import Allocator
 from livedisk.emulator.drivers.qcow2.cache import Table, TableCache
@@ -142,7 +143,8 @@ class Tables:
                 continue
             done = self._loading[at] = asyncio.get_running_loop().create_future()
             try:
-                return self.slices.insert(Table(at, table_from_bytes(await self.storage.read(at, self.slice_bytes))))
+                raw = await self.storage.read(at, self.slice_bytes, Event.L2_LOAD)
+                return self.slices.insert(Table(at, table_from_bytes(raw)))
             finally:
                 del self._loading[at]
                 done.set_result(None)
@@ -301,7 +303,11 @@ class Tables:
                 table = self.slices.get(at)
                 return (table if table is not None else await self._load_slice(at)), index
             old = await self._whole_table(table_offset) if table_offset else []
+            await self.storage.tell(Event.CLUSTER_ALLOC)
             await self.allocator.ensure()
+            if old:
+                await self.storage.tell(Event.L2_ALLOC_COW_READ)
+            await self.storage.tell(Event.L2_ALLOC_WRITE)
             if self.l1[l1_index] == entry:
                 self._new_table(l1_index, old)
                 damage = self._misallocated(self.l1[l1_index] & OFFSET_MASK)

@@ -22,6 +22,7 @@ from array import array
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Final, NamedTuple
 
+from livedisk.emulator.block.debug import Event
 from livedisk.emulator.block.types import DetectZeroes, NotMapped, ZeroFlags
 from livedisk.emulator.drivers.file import FileDriver
 from livedisk.emulator.drivers.qcow2.cache import Table
@@ -78,7 +79,7 @@ class Writer:
     async def write(self, offset: int, data: memoryview) -> None:
         """Write ``data`` at guest ``offset`` (bytes). Raises OSError."""
         image, position, end = self.image, 0, len(data)
-        tables = image.tables
+        tables, told = image.tables, -1
         while position < end:
             at = offset + position
             try:
@@ -88,11 +89,16 @@ class Writer:
                 continue
             if run.state is State.NORMAL and run.copied:
                 await image.check_run(run, at)
+                await image.storage.tell(Event.WRITE_AIO)
                 await image.storage.data.write(run.host, data[position : position + run.length])
                 position += run.length
             elif run.state is State.INVALID:
                 raise await image.storage.corrupt(tables.damage(at))
             else:
+                if told != position and image.storage.is_watched:
+                    told = position
+                    await image.storage.tell(Event.CLUSTER_ALLOC)
+                    continue  # it may have been held, and the mapping be another one
                 position += await self._allocating(at, data[position : position + min(run.length, MAX_MERGED)])
 
     def write_now(self, offset: int, data: memoryview) -> bool:
@@ -327,6 +333,7 @@ class Writer:
         try:
             entry = image.geometry.compressed_entry(host, len(packed))
             await image.storage.check_overlap(host, len(packed))
+            await image.storage.tell(Event.WRITE_COMPRESSED)
             await image.storage.file.write(host, memoryview(packed))
             table, index = await image.tables.own(offset)
         except OSError:
@@ -362,31 +369,39 @@ class Writer:
             tail = 0
         target = image.storage.data
         if not head and not tail:
+            await image.storage.tell(Event.WRITE_AIO)
             await target.write(host + offset, data)
         elif head + len(data) + tail <= MAX_MERGED:
-            await target.write(host + offset - head, memoryview(await self._merged(offset, head, data, tail)))
+            merged = memoryview(await self._merged(offset, head, data, tail))
+            await image.storage.tell(Event.WRITE_AIO)
+            await target.write(host + offset - head, merged)
         else:
-            if head:
-                await target.write(host + offset - head, memoryview(await self._old(offset - head, head)))
+            await image.storage.tell(Event.WRITE_AIO)
             await target.write(host + offset, data)
+            if head:
+                await self._copy_old(host, offset - head, head)
             if tail:
-                await target.write(host + end, memoryview(await self._old(end, tail)))
+                await self._copy_old(host, end, tail)
 
     async def _merged(self, offset: int, head: int, data: memoryview, tail: int) -> bytearray:
         merged = bytearray(head + len(data) + tail)
         view = memoryview(merged)
         end = head + len(data)
         view[head:end] = data
+        await self.image.storage.tell(Event.COW_READ)
         if head:
             await self.image.read_guest(offset - head, view[:head])
         if tail:
             await self.image.read_guest(offset + len(data), view[end:])
         return merged
 
-    async def _old(self, offset: int, length: int) -> bytearray:
-        raw = bytearray(length)
-        await self.image.read_guest(offset, memoryview(raw))
-        return raw
+    async def _copy_old(self, host: int, offset: int, length: int) -> None:
+        """Copy what the guest sees in a range to ``host + offset`` of the file."""
+        with memoryview(bytearray(length)) as raw:
+            await self.image.storage.tell(Event.COW_READ)
+            await self.image.read_guest(offset, raw)
+            await self.image.storage.tell(Event.COW_WRITE)
+            await self.image.storage.data.write(host + offset, raw)
 
     async def _leave_zero(self, plan: _Plan, offset: int, length: int) -> bool:
         """Whether this part around the data reads as zeroes and the host range already does, or could be made to cheaply."""
@@ -398,6 +413,7 @@ class Writer:
             return False
         try:
             at = plan.host - plan.start + offset
+            await self.image.storage.tell(Event.CLUSTER_ALLOC_SPACE)
             await self.image.storage.data.node.write_zeroes(at, length, ZeroFlags.NO_FALLBACK | ZeroFlags.MAY_UNMAP)
         except OSError:
             return False  # the caller writes zeroes out instead

@@ -19,6 +19,7 @@ from array import array
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 
+from livedisk.emulator.block.debug import Event
 from livedisk.emulator.drivers.qcow2.alloc import Allocator
 from livedisk.emulator.drivers.qcow2.cache import Table
 from livedisk.emulator.drivers.qcow2.geometry import table_to_bytes
@@ -137,6 +138,8 @@ class Writeback:
         """Refcount blocks, and then the table's entries for new ones, on stable storage."""
         refcounts = self.refcounts
         new = set(refcounts.table_dirty)
+        if new:
+            await self.storage.tell(Event.REFBLOCK_ALLOC_WRITE)
         await self._write_blocks()
         await self.storage.barrier()
         if new:
