@@ -1,4 +1,5 @@
-"""A small asyncio NBD client: connect, many requests in flight, disconnect. A thin shell around the two client cores.
+"""A small asyncio NBD client: connect, many requests in flight, disconnect. A thin face on
+`client_connection`.
 
 Use::
 
@@ -17,117 +18,36 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import socket
 from collections.abc import Sequence
-from typing import Final, cast
 
-from .client_handshake import ClientHandshake, ExportInfo, NegotiationFailed
-from .client_transmission import NO_FLAGS, ClientTransmission, Pending, ProtocolError
+from .client_connection import ClientConnection, open_connection
+from .client_handshake import ExportInfo
+from .client_transmission import NO_FLAGS, Pending
 from .constants import Command, CommandFlag, ReplyMode, TransmissionFlag
 from .export import Extent
-
-_BUFFER: Final = 256 << 10
-
-
-class _Wire(asyncio.BufferedProtocol):
-    """Feeds received bytes to the handshake, then to the transmission core, and wakes who waits for the outcome."""
-
-    def __init__(self, handshake: ClientHandshake) -> None:
-        loop = asyncio.get_running_loop()
-        self._buffer = memoryview(bytearray(_BUFFER))
-        self._handshake: ClientHandshake | None = handshake
-        self.core: ClientTransmission | None = None
-        self.transport: asyncio.Transport | None = None
-        self.ready: asyncio.Future[None] = loop.create_future()
-        self.closed: asyncio.Future[None] = loop.create_future()
-        self.error: Exception | None = None
-        self.waiting: dict[int, asyncio.Future[Pending]] = {}
-        self._may_write = asyncio.Event()
-        self._may_write.set()
-
-    async def writable(self) -> None:
-        """Wait while the server is slower at reading than we are at writing."""
-        await self._may_write.wait()
-
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self.transport = cast(asyncio.Transport, transport)  # uvloop's own class is one in all but name
-
-    def get_buffer(self, sizehint: int) -> memoryview:
-        return self._buffer
-
-    def buffer_updated(self, nbytes: int) -> None:
-        assert self.transport is not None
-        data = self._buffer[:nbytes]
-        try:
-            if self._handshake is not None:
-                self._negotiate(self._handshake, data)
-            else:
-                self._take(data)
-        except (NegotiationFailed, ProtocolError) as error:
-            self.error = error
-            self.transport.abort()
-
-    def _negotiate(self, handshake: ClientHandshake, data: memoryview) -> None:
-        assert self.transport is not None
-        done = handshake.receive(data)
-        output = handshake.take_output()
-        if output:
-            self.transport.write(output)
-        if done:
-            self._handshake = None
-            self.core = ClientTransmission(handshake.info)
-            if not self.ready.done():
-                self.ready.set_result(None)
-            self._take(memoryview(handshake.leftover))
-
-    def _take(self, data: memoryview) -> None:
-        assert self.core is not None
-        for pending in self.core.receive(data):
-            future = self.waiting.pop(pending.cookie)
-            if not future.done():
-                future.set_result(pending)
-
-    def pause_writing(self) -> None:
-        self._may_write.clear()
-
-    def resume_writing(self) -> None:
-        self._may_write.set()
-
-    def connection_lost(self, error: Exception | None) -> None:
-        if self.error is None:
-            self.error = error or ConnectionResetError(errno.ECONNRESET, "NBD server closed the connection")
-        if not self.ready.done():
-            self.ready.set_exception(self.error)
-        for future in self.waiting.values():
-            if not future.done():
-                future.set_exception(_lost(self.error))
-        self.waiting.clear()
-        self._may_write.set()
-        if not self.closed.done():
-            self.closed.set_result(None)
-
-
-def _lost(error: Exception) -> ConnectionError:
-    if isinstance(error, ConnectionError):
-        return error
-    return ConnectionError(errno.ECONNABORTED, f"NBD connection failed: {error}")
 
 
 class NbdClient:
     """A connection to one export; made by `connect_unix` or `connect_tcp`. ``info`` describes the export."""
 
-    def __init__(self, wire: _Wire, info: ExportInfo) -> None:
-        self._wire = wire
-        self.info = info
+    def __init__(self, connection: ClientConnection) -> None:
+        self._connection = connection
+        self.info: ExportInfo = connection.info
 
     @classmethod
     async def connect_unix(
         cls, path: str, name: str = "", *, contexts: Sequence[str] = (), best: ReplyMode = ReplyMode.EXTENDED
     ) -> NbdClient:
         """Connect over a unix socket. Raises OSError if nobody is there, `NegotiationFailed` if the server refuses."""
-        handshake = ClientHandshake(name, contexts=contexts, best=best)
-        loop = asyncio.get_running_loop()
-        _, wire = await loop.create_unix_connection(lambda: _Wire(handshake), path)
-        return await cls._negotiated(wire, handshake)
+        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        sock.setblocking(False)
+        try:
+            await asyncio.get_running_loop().sock_connect(sock, path)
+        except BaseException:
+            sock.close()
+            raise
+        return cls(await open_connection(sock, name, contexts=contexts, best=best))
 
     @classmethod
     async def connect_tcp(
@@ -140,25 +60,29 @@ class NbdClient:
         best: ReplyMode = ReplyMode.EXTENDED,
     ) -> NbdClient:
         """Connect over TCP. Raises as `connect_unix`."""
-        handshake = ClientHandshake(name, contexts=contexts, best=best)
         loop = asyncio.get_running_loop()
-        _, wire = await loop.create_connection(lambda: _Wire(handshake), host, port)
-        return await cls._negotiated(wire, handshake)
-
-    @classmethod
-    async def _negotiated(cls, wire: _Wire, handshake: ClientHandshake) -> NbdClient:
-        try:
-            await wire.ready
-        except BaseException:
-            assert wire.transport is not None
-            wire.transport.abort()
-            raise
-        return cls(wire, handshake.info)
+        found = await loop.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+        for number, (family, kind, proto, _, address) in enumerate(found):
+            sock = socket.socket(family, kind, proto)
+            sock.setblocking(False)
+            try:
+                await loop.sock_connect(sock, address)
+            except OSError:
+                sock.close()
+                if number == len(found) - 1:
+                    raise
+            except BaseException:
+                sock.close()
+                raise
+            else:
+                break
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        return cls(await open_connection(sock, name, contexts=contexts, best=best))
 
     @property
     def in_flight(self) -> int:
         """Requests without a complete reply."""
-        return len(self._wire.waiting)
+        return self._connection.in_flight
 
     async def _request(
         self,
@@ -170,19 +94,7 @@ class NbdClient:
         target: memoryview | None = None,
         payload: bytes | memoryview = b"",
     ) -> Pending:
-        wire = self._wire
-        await wire.writable()
-        if wire.error is not None:
-            raise _lost(wire.error)
-        assert wire.core is not None
-        assert wire.transport is not None
-        header, pending = wire.core.request(command, offset, length, flags=flags, target=target)
-        future: asyncio.Future[Pending] = asyncio.get_running_loop().create_future()
-        wire.waiting[pending.cookie] = future
-        wire.transport.write(header)
-        if len(payload):
-            wire.transport.write(payload)
-        await future
+        pending = await self._connection.request(command, offset, length, flags=flags, target=target, payload=payload)
         if pending.error is not None:
             raise pending.error
         return pending
@@ -242,17 +154,8 @@ class NbdClient:
 
     async def disconnect(self) -> None:
         """Say goodbye and close. Requests under way are answered first by a server that keeps to the protocol."""
-        wire = self._wire
-        assert wire.transport is not None
-        if wire.error is None and wire.core is not None:
-            header, _ = wire.core.request(Command.DISCONNECT, 0, 0)
-            wire.transport.write(header)
-            while wire.waiting:
-                await asyncio.wait(tuple(wire.waiting.values()))
-        wire.transport.close()
-        await wire.closed
+        await self._connection.disconnect()
 
     def abort(self) -> None:
         """Drop the connection without a word."""
-        assert self._wire.transport is not None
-        self._wire.transport.abort()
+        self._connection.abort()

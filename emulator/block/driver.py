@@ -57,6 +57,8 @@ class Driver(ABC):
     supports_backing: ClassVar[bool] = False
     filename_children: ClassVar[tuple[str, ...]] = ()
     """Options that `parse_filename` gives as the file name of a child."""
+    protocols: ClassVar[Collection[str]] = ()
+    """What stands before the colon of file names that this driver reads itself (`options_of`)."""
     internal: ClassVar[bool] = False
     """Only opened from inside (a job's own filter): users do not find it among the drivers."""
     request_alignment: int = 1
@@ -122,6 +124,9 @@ class Driver(ABC):
         """Put everything on the children so that another process may open the image (before a migration's
         hand-over)."""
         await self.flush()
+
+    def cancel_in_flight(self) -> None:
+        """Somebody gives up on what is under way: let fail what waits for others than the storage (a reconnect)."""
 
     async def activate(self) -> None:
         """Undo `inactivate`: drop cached metadata and read it anew."""
@@ -295,6 +300,11 @@ class Driver(ABC):
         """The options that a file name of the form ``DRIVER:rest`` means; of the children in ``filename_children``, their
         file names. Raises BlockError. None: this driver has no such form."""
         return None
+
+    @classmethod
+    def options_of(cls, filename: str) -> BlockdevOptions:
+        """The options that a file name with one of ``protocols`` means. Raises BlockError in QEMU's words."""
+        raise NotImplementedError(f"driver {cls.name} has no protocols")
 
     def backing_filename(self) -> str | None:
         """The backing file name as the image's header has it, or None."""

@@ -69,6 +69,12 @@ def resolve(node: Node, filename: str) -> str:
     if os.path.isabs(path):
         return filename
     own = node.driver.filename
+    remote = next((driver for driver in DRIVERS.values() if own.partition(":")[0] in driver.protocols), None)
+    if remote is not None:
+        raise BlockError(
+            f"Cannot generate a base directory for {remote.name.upper()} nodes",
+            hint=f"Give what '{filename}' means as an option, or record it in the image as an absolute name.",
+        )
     if own.startswith("json:") or not own:
         raise BlockError(
             f"Cannot generate a base directory for '{filename}': node '{node.name}' has no filename",
@@ -84,6 +90,9 @@ def protocol_options(node: Node, filename: str) -> BlockdevOptions:
         return _json_options(node, filename[5:])
     match = _PROTOCOL.match(filename)
     name = match.group(1) if match is not None else "file"
+    for reader in DRIVERS.values():
+        if name in reader.protocols:
+            return reader.options_of(filename)
     path = filename[5:] if name == "file" and match is not None else filename
     if name == "file":
         name = "host_device" if _is_block_device(path) and "host_device" in DRIVERS else "file"
@@ -120,7 +129,26 @@ def _json_options(node: Node, text: str) -> BlockdevOptions:
         raise BlockError(f"Could not parse the JSON options: {error}") from None
     if not isinstance(options, dict):
         raise BlockError("Invalid JSON object given")
-    return parse(options)
+    return parse(_nested(options))
+
+
+def _nested(options: dict[str, Any]) -> dict[str, Any]:
+    """The options with ``{"server.path": ...}`` written as ``{"server": {"path": ...}}``: QEMU takes and writes both."""
+    whole: dict[str, Any] = {}
+    for name, value in options.items():
+        *path, last = name.split(".")
+        inner = whole
+        for step in path:
+            inner = inner.setdefault(step, {})
+            if not isinstance(inner, dict):
+                raise BlockError(f"Parameter '{name}' contradicts another one")
+        if isinstance(value, dict):
+            value = _nested(value)
+            present = inner.get(last)
+            if isinstance(present, dict):
+                value = {**present, **value}
+        inner[last] = value
+    return whole
 
 
 async def open_backing(node: Node, ref: Any, filename: str | None, fmt: str | None) -> Edge | None:
@@ -136,11 +164,11 @@ async def open_backing(node: Node, ref: Any, filename: str | None, fmt: str | No
         return None
     if ref is UNSET and not filename:
         return None
+    resolved = resolve(node, filename) if ref is UNSET and filename else None
     try:
         if ref is not UNSET:
             return await node.graph.open_child(node, ref, "backing", role)
-        assert filename
-        resolved = resolve(node, filename)
+        assert resolved is not None
         _refuse_loop(node, resolved)
         return await _open_named(node, resolved, fmt)
     except BlockError as error:

@@ -31,6 +31,7 @@ from livedisk.emulator.block.permissions import Perm, Role, check_edges
 from livedisk.emulator.block.settings import Settings, settle
 from livedisk.emulator.block.transaction import Transaction
 from livedisk.emulator.errors import BlockError, NodeNotFound
+from livedisk.nbd.client_connection import Secure
 
 _WELL_FORMED = re.compile(r"[A-Za-z][A-Za-z0-9._-]*\Z")
 MAX_DEPTH = 500
@@ -46,7 +47,8 @@ class Graph:
     called after any change of
     structure; ``on_corruption``: told of damage found in an image at run time (node, text, offset and size in bytes or None,
     whether the image is unusable now); ``parse_options``: turns the dict of a ``json:{...}`` filename into typed options (set by
-    the daemon: this layer knows nothing of QMP).
+    the daemon: this layer knows nothing of QMP); ``client_tls``: turns the id of TLS credentials and the name that the server
+    must prove (None: any that it has) into what does the TLS handshake on a connection (set by the daemon, too).
     """
 
     def __init__(self) -> None:
@@ -56,6 +58,7 @@ class Graph:
         self.on_change: list[Callable[[], None]] = []
         self.on_corruption: list[Callable[[Node, str, int | None, int | None, bool], None]] = []
         self.parse_options: Callable[[dict[str, Any]], BlockdevOptions] | None = None
+        self.client_tls: Callable[[str, str | None], Secure] | None = None
         self._drains: list[_Drain] = []
         self._serial = 0
 

@@ -11,6 +11,7 @@ from livedisk.emulator.drivers import (
     raw,
     snapshot_access,
 )
+from livedisk.emulator.drivers.nbd import driver as nbd
 from livedisk.emulator.drivers.qcow2 import driver as qcow2
 
 __all__ = [
@@ -20,6 +21,7 @@ __all__ = [
     "file",
     "host_device",
     "job_filters",
+    "nbd",
     "null",
     "qcow2",
     "raw",

@@ -11,8 +11,9 @@ import os
 import socket
 from typing import TYPE_CHECKING, Any, Final
 
+from livedisk.emulator.block.sockets import UNIX_PATH as _UNIX_PATH
+from livedisk.emulator.block.sockets import Fd, Inet, Unix, Vsock
 from livedisk.emulator.errors import LiveDiskError
-from livedisk.emulator.exports.options import Fd, Inet, Unix, Vsock
 
 if TYPE_CHECKING:
     from livedisk.nbd.server import NbdServer
@@ -20,8 +21,6 @@ if TYPE_CHECKING:
 Address = Inet | Unix | Vsock | Fd
 
 _BACKLOG: Final = 128
-_UNIX_PATH: Final = 108
-"""sizeof(sun_path)."""
 
 
 class ListenError(LiveDiskError):

@@ -8,66 +8,22 @@ from __future__ import annotations
 import enum
 from typing import Annotated
 
-from livedisk.emulator.qmp.qapi import UNSET, Meta, QapiStruct, UInt16, UInt32, UnsetType
+from livedisk.emulator.block.sockets import (
+    Fd,
+    FdAddress,
+    Inet,
+    InetAddress,
+    Unix,
+    UnixAddress,
+    Vsock,
+    VsockAddress,
+)
+from livedisk.emulator.qmp.qapi import UNSET, Meta, QapiStruct, UInt32, UnsetType
 
 DEFAULT_CONNECTIONS = 100
 """Clients at one time where ``max-connections`` does not say; 0 would be any number."""
 DEFAULT_HANDSHAKE = 10
 """Seconds in which a client must have chosen an export; 0 would be any time."""
-
-
-class Inet(QapiStruct):
-    """A TCP address. ``to``: the last port to try. ``ipv4``, ``ipv6``: restrict the family. ``numeric``: no names."""
-
-    host: str
-    port: str
-    numeric: bool = False
-    to: UInt16 | UnsetType = UNSET
-    ipv4: bool | UnsetType = UNSET
-    ipv6: bool | UnsetType = UNSET
-    keep_alive: bool | UnsetType = UNSET
-    mptcp: bool = False
-
-
-class Unix(QapiStruct):
-    """A path; or with ``abstract`` a name in Linux's abstract namespace, not padded with zeroes if ``tight``."""
-
-    path: str
-    abstract: bool = False
-    tight: bool = True
-
-
-class Vsock(QapiStruct):
-    """An address between a virtual machine and its host."""
-
-    cid: str
-    port: str
-
-
-class Fd(QapiStruct):
-    """A descriptor of a listening socket that this process inherited, by number."""
-
-    str: str
-
-
-class SocketAddress(QapiStruct):
-    """What all addresses have in common: nothing but their type."""
-
-
-class InetAddress(Inet, SocketAddress, tag="inet", tag_field="type"):
-    """``addr.type=inet``."""
-
-
-class UnixAddress(Unix, SocketAddress, tag="unix", tag_field="type"):
-    """``addr.type=unix``."""
-
-
-class VsockAddress(Vsock, SocketAddress, tag="vsock", tag_field="type"):
-    """``addr.type=vsock``."""
-
-
-class FdAddress(Fd, SocketAddress, tag="fd", tag_field="type"):
-    """``addr.type=fd``."""
 
 
 class LegacyAddress(QapiStruct):

@@ -25,7 +25,14 @@ from livedisk.emulator.qmp.encode import encode
 
 _PROTOCOL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:")
 """``nbd:``, ``json:``, ``file:`` at a name's start. Source: QEMU's path_has_protocol."""
-_WEAK = {"null-co": {"latency-ns"}, "null-aio": {"latency-ns"}, "file": None, "host_device": None, "qcow2": None}
+_WEAK = {
+    "null-co": {"latency-ns"},
+    "null-aio": {"latency-ns"},
+    "file": None,
+    "host_device": None,
+    "qcow2": None,
+    "nbd": {"reconnect-delay", "open-timeout", "x-dirty-bitmap"},
+}
 """Options of a driver's own that do not change what the node shows; None: none of them does."""
 
 
@@ -159,7 +166,11 @@ def _own_options(node: Node) -> dict[str, Any]:
         value = getattr(node.options, attribute)
         given = value is not msgspec.UNSET and value != default
         if given and name not in (*node.children, "file", "backing"):
-            own[name] = msgspec.to_builtins(value)
+            plain = msgspec.to_builtins(value)
+            if isinstance(plain, dict):  # QEMU keeps options flat
+                own.update({f"{name}.{inner}": part for inner, part in plain.items()})
+            else:
+                own[name] = plain
     return own
 
 

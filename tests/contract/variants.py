@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from kit.nbd_folder import exported
 from kit.qemu import create
 
 SIZE = (300 << 10) + 3 * 512
@@ -124,6 +125,20 @@ VARIANTS: list[Variant] = [
     Variant("raw-offset", raw_offset, resizable=False, content=lambda size: pattern(size)[:-100] + bytes(100)),
     Variant("blkdebug", blkdebug(), content=pattern),
     Variant("blkdebug-limits", blkdebug(**BLKDEBUG_LIMITS), resizable=False, content=pattern),
+    Variant("nbd", exported(pattern), resizable=False, content=pattern),
+    Variant(
+        "nbd-blocks",
+        exported(
+            pattern,
+            "--filter=blocksize-policy",
+            "blocksize-error-policy=error",
+            "blocksize-minimum=512",
+            "blocksize-preferred=4096",
+            "blocksize-maximum=65536",
+        ),
+        resizable=False,
+        content=pattern,
+    ),
     Variant("qcow2", qcow2()),
     Variant("qcow2-512", qcow2("cluster_size=512")),
     Variant("qcow2-2M", qcow2("cluster_size=2M")),

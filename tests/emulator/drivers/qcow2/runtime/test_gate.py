@@ -69,7 +69,7 @@ def test_without_a_recorded_format_plain_data_is_raw(tmp_path: Path) -> None:
     assert asyncio.run(start_of(overlay(tmp_path, "base", None))) == b"plaintxt"
 
 
-@pytest.mark.parametrize("name", ["nbd://localhost/x", "http://localhost/x", "foo:bar"])
+@pytest.mark.parametrize("name", ["ftp://localhost/x", "http://localhost/x", "foo:bar"])
 def test_a_protocol_that_is_not_known_is_named(name: str, tmp_path: Path) -> None:
     protocol = name.partition(":")[0]
     error = refused(overlay(tmp_path, name, "raw"))

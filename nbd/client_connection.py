@@ -1,0 +1,333 @@
+"""One connection of a client: a stream, the two client cores, and futures. The raw socket's shell, made for throughput.
+
+* Requests made in one turn of the event loop leave in one system call: header and payload are queued, never copied, and sent
+  by `sendmsg` at the end of the turn. What the socket does not take waits there, and so do the callers: what is queued is
+  bounded by what they have under way.
+* Replies are received into one large buffer that all connections share, many at a time. The data of a long read is
+  received straight into the caller's buffer.
+
+The stream is a non-blocking socket or what looks like one (`Stream`): TLS is a function that turns the one into the other
+during the handshake (`Secure`), and nothing else here knows of it.
+
+The end: a connection that is lost, whatever for, fails every request under way with ConnectionError, and every later one. When
+a server answers a WRITE whose payload it did not read yet, the caller gets its buffer back and we send a copy of the rest.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import socket
+from collections import deque
+from collections.abc import Awaitable, Callable, Sequence
+from itertools import islice
+from typing import Final, Protocol
+
+from .buffers import fresh
+from .client_handshake import ClientHandshake, ExportInfo, NegotiationFailed
+from .client_transmission import NO_FLAGS, ClientTransmission, Pending, ProtocolError
+from .constants import Command, CommandFlag, ReplyMode
+
+Buffer = bytes | bytearray | memoryview
+
+_RECEIVE: Final = 256 << 10
+"""Bytes received at once, where they do not go to a caller's buffer."""
+_STRAIGHT: Final = 16 << 10
+"""Bytes from which on a read's data is received in place: below, a system call costs more than the copy."""
+_HEADER: Final = 36
+"""Bytes received at first while a long read is under way: any reply's head, and little of what should be received in place."""
+_TURNS: Final = 16
+"""Receives in a row before others get their turn."""
+_PIECES: Final = 256
+"""Buffers in one system call; Linux takes 1024."""
+_SOCKET_BUFFER: Final = 4 << 20
+"""Bytes asked for, so that a large request can be sent at once where the kernel allows it."""
+
+_shared = fresh(_RECEIVE)
+
+
+class Stream(Protocol):
+    """What a connection is made of: a non-blocking socket's methods.
+
+    ``recv_into`` and ``sendmsg`` raise BlockingIOError where they would wait. A stream that keeps received data back (TLS
+    does) has an attribute ``more`` that says so.
+    """
+
+    def fileno(self) -> int: ...
+
+    def recv_into(self, buffer: memoryview, /) -> int: ...
+
+    def sendmsg(self, buffers: Sequence[Buffer], /) -> int: ...
+
+    def close(self) -> None: ...
+
+
+Secure = Callable[[socket.socket], Awaitable[Stream]]
+"""Does the TLS handshake on a connected, non-blocking socket. Raises OSError (ssl.SSLError is one); whoever called closes the
+socket then."""
+
+
+async def open_connection(
+    sock: socket.socket,
+    name: str = "",
+    *,
+    contexts: Sequence[str] = (),
+    best: ReplyMode = ReplyMode.EXTENDED,
+    secure: Secure | None = None,
+) -> ClientConnection:
+    """Negotiate the export ``name`` on a connected socket, which is the connection's from now on; with ``secure`` in TLS.
+
+    Raises `NegotiationFailed` if the server refuses or is none, OSError if the connection breaks.
+    """
+    sock.setblocking(False)
+    if sock.family == socket.AF_UNIX:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SOCKET_BUFFER)
+    handshake = ClientHandshake(name, contexts=contexts, best=best, tls=secure is not None)
+    stream: Stream = sock
+    try:
+        done = False
+        while True:
+            await _send_all(stream, handshake.take_output())
+            if done:
+                return ClientConnection(stream, handshake.info, handshake.leftover)
+            if handshake.starting_tls:
+                assert secure is not None
+                stream = await secure(sock)
+                handshake.secured()
+                continue
+            data = await _receive_some(stream)
+            if not data:
+                raise NegotiationFailed("Server closed the connection during negotiation")
+            done = handshake.receive(data)
+    except BaseException:
+        stream.close()
+        raise
+
+
+async def _send_all(stream: Stream, data: bytes) -> None:
+    loop = asyncio.get_running_loop()
+    while data:
+        try:
+            data = data[stream.sendmsg((data,)) :]
+        except (BlockingIOError, InterruptedError):
+            await _ready(stream, loop.add_writer, loop.remove_writer)
+
+
+async def _receive_some(stream: Stream) -> bytes:
+    loop = asyncio.get_running_loop()
+    room = bytearray(1 << 16)
+    while True:
+        try:
+            return bytes(room[: stream.recv_into(memoryview(room))])
+        except (BlockingIOError, InterruptedError):
+            await _ready(stream, loop.add_reader, loop.remove_reader)
+
+
+def _settle(ready: asyncio.Future[None]) -> None:
+    if not ready.done():
+        ready.set_result(None)
+
+
+async def _ready(stream: Stream, add: Callable[..., None], remove: Callable[[int], object]) -> None:
+    """Wait until the stream is ready for what ``add`` watches for."""
+    ready: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+    descriptor = stream.fileno()
+    add(descriptor, _settle, ready)
+    try:
+        await ready
+    finally:
+        remove(descriptor)
+
+
+class ClientConnection:
+    """A connection in the transmission phase. ``info``: the export. ``error``: why it was lost, or None.
+
+    ``bytes``: what the requests under way carry, both ways. ``on_lost`` is called once, when the connection is gone.
+    """
+
+    def __init__(self, stream: Stream, info: ExportInfo, leftover: bytes) -> None:
+        self.info = info
+        self.error: Exception | None = None
+        self.bytes = 0
+        self.on_lost: Callable[[ClientConnection], None] | None = None
+        self._loop = asyncio.get_running_loop()
+        self._stream = stream
+        self._descriptor = stream.fileno()
+        self._core = ClientTransmission(info)
+        self._out: deque[Buffer] = deque()
+        self._flush_soon: asyncio.Handle | None = None
+        self._blocked = False
+        self._long_reads = 0
+        self._emptied: asyncio.Future[None] | None = None
+        self._loop.add_reader(self._descriptor, self._readable)
+        if leftover:
+            self._take(lambda: self._core.receive(leftover))
+
+    @property
+    def in_flight(self) -> int:
+        """Requests without a complete reply."""
+        return self._core.in_flight
+
+    def request(
+        self,
+        command: Command,
+        offset: int,
+        length: int,
+        *,
+        flags: CommandFlag = NO_FLAGS,
+        target: memoryview | None = None,
+        payload: Buffer = b"",
+    ) -> asyncio.Future[Pending]:
+        """Send a request; the future of its outcome, whose ``error`` may be the server's. The buffers are the connection's until
+        then. The future, or this call, raises ConnectionError where the connection is gone."""
+        if self.error is not None:
+            raise lost(self.error)
+        header, pending = self._core.request(command, offset, length, flags=flags, target=target)
+        pending.waiter = self._loop.create_future()
+        self._out.append(header)
+        if payload:
+            pending.payload = payload
+            self._out.append(payload)
+        if command == Command.READ or payload:
+            self.bytes += length
+            if length >= _STRAIGHT and not payload:
+                self._long_reads += 1
+        if self._flush_soon is None and not self._blocked:
+            self._flush_soon = self._loop.call_soon(self._flush)
+        return pending.waiter
+
+    # Sending.
+
+    def _flush(self) -> None:
+        self._flush_soon = None
+        out = self._out
+        try:
+            while out:
+                sent = self._stream.sendmsg(tuple(islice(out, _PIECES)))
+                while out and sent >= len(out[0]):
+                    sent -= len(out.popleft())
+                if sent:
+                    out[0] = memoryview(out[0])[sent:]
+        except (BlockingIOError, InterruptedError):
+            if not self._blocked:
+                self._blocked = True
+                self._loop.add_writer(self._descriptor, self._flush)
+            return
+        except OSError as error:
+            self._fail(error)
+            return
+        if self._blocked:
+            self._blocked = False
+            self._loop.remove_writer(self._descriptor)
+
+    def _keep_payload(self, payload: Buffer) -> None:
+        """The caller gets this buffer back: go on with a copy of what is not sent."""
+        owner = memoryview(payload).obj
+        for place, piece in enumerate(self._out):
+            if isinstance(piece, memoryview) and piece.obj is owner:
+                self._out[place] = bytes(piece)
+
+    # Receiving.
+
+    def _readable(self) -> None:
+        stream, core = self._stream, self._core
+        for _ in range(_TURNS):
+            wanted = core.wanted
+            straight = wanted is not None and len(wanted) >= _STRAIGHT
+            if straight:
+                assert wanted is not None
+                room = wanted
+            else:
+                room = _shared[:_HEADER] if self._long_reads and wanted is None else _shared
+            try:
+                count = stream.recv_into(room)
+            except (BlockingIOError, InterruptedError):
+                return
+            except OSError as error:
+                self._fail(error)
+                return
+            if not count:
+                self._fail(ConnectionResetError(errno.ECONNRESET, "NBD server closed the connection"))
+                return
+            if straight:
+                self._take(lambda: core.arrived(count))  # noqa: B023  called at once
+            else:
+                self._take(lambda: core.receive(room[:count]))  # noqa: B023
+            if self.error is not None or (count < len(room) and not getattr(stream, "more", False)):
+                return
+        if getattr(stream, "more", False):
+            self._loop.call_soon(self._again)
+
+    def _again(self) -> None:
+        if self.error is None:
+            self._readable()
+
+    def _take(self, receive: Callable[[], list[Pending]]) -> None:
+        try:
+            finished = receive()
+        except ProtocolError as error:
+            self._fail(error)
+            return
+        for pending in finished:
+            self._end(pending)
+        if self._emptied is not None and not self._core.in_flight and not self._emptied.done():
+            self._emptied.set_result(None)
+
+    def _end(self, pending: Pending) -> None:
+        payload = pending.payload
+        if payload is not None:
+            self.bytes -= pending.length
+            if self._out:
+                self._keep_payload(payload)
+        elif pending.command == Command.READ:
+            self.bytes -= pending.length
+            if pending.length >= _STRAIGHT:
+                self._long_reads -= 1
+        waiter = pending.waiter
+        assert waiter is not None
+        if not waiter.done():
+            waiter.set_result(pending)
+
+    # The end.
+
+    async def disconnect(self) -> None:
+        """Say goodbye and close. Requests under way are answered first by a server that keeps to the protocol."""
+        if self.error is None:
+            header, _ = self._core.request(Command.DISCONNECT, 0, 0)
+            self._out.append(header)
+            self._flush()
+            if self._core.in_flight or self._out:
+                self._emptied = self._loop.create_future()
+                await self._emptied
+        self.abort()
+
+    def abort(self) -> None:
+        """Drop the connection without a word."""
+        self._fail(ConnectionAbortedError(errno.ECONNABORTED, "NBD connection was closed"))
+
+    def _fail(self, error: Exception) -> None:
+        if self.error is not None:
+            return
+        self.error = error
+        self._loop.remove_reader(self._descriptor)
+        if self._blocked:
+            self._loop.remove_writer(self._descriptor)
+        if self._flush_soon is not None:
+            self._flush_soon.cancel()
+        self._stream.close()
+        self._out.clear()
+        for pending in self._core.abandon():
+            if pending.waiter is not None and not pending.waiter.done():
+                pending.waiter.set_exception(lost(error))
+        if self._emptied is not None and not self._emptied.done():
+            self._emptied.set_result(None)
+        on_lost, self.on_lost = self.on_lost, None
+        if on_lost is not None:
+            on_lost(self)
+
+
+def lost(error: Exception) -> ConnectionError:
+    """What a request gets whose connection failed with ``error``."""
+    if isinstance(error, ConnectionError):
+        return type(error)(*error.args)
+    return ConnectionError(errno.ECONNABORTED, f"NBD connection failed: {error}")
