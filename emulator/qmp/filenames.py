@@ -19,6 +19,7 @@ from typing import Any
 
 import msgspec
 
+from livedisk.emulator.block.driver import DRIVERS
 from livedisk.emulator.block.node import Node
 from livedisk.emulator.block.options import BlockdevOptions
 from livedisk.emulator.qmp.encode import encode
@@ -54,9 +55,16 @@ class Names:
         return self._named(node).name
 
     def full_backing(self, node: Node) -> str | None:
-        """The backing file that the image's header names, resolved against the image's own place; None without one."""
+        """The backing file that the image's header names, resolved against the image's own place; None without one, or where
+        that place has no folders (an export)."""
         recorded = node.driver.backing_filename()
-        return combine(self._storage(node), recorded) if recorded else None
+        if not recorded:
+            return None
+        base = self._storage(node)
+        stands_alone = recorded.startswith("/") or _PROTOCOL.match(recorded)
+        if not stands_alone and any(base.partition(":")[0] in driver.protocols for driver in DRIVERS.values()):
+            return None
+        return combine(base, recorded)
 
     def _storage(self, node: Node) -> str:
         """The plain name of the file under a format, even where options keep it from standing for the node."""

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
@@ -177,7 +177,7 @@ class NbdDriver(Driver):
     def filename(self) -> str:
         return names.compose(self.options)
 
-    def exact_filename(self, children: Mapping[str, str], strong: Mapping[str, Any]) -> str:
+    def exact_filename(self, children: Mapping[str, str], strong: Collection[str]) -> str:
         """QEMU gives an export its URI whatever it was opened with."""
         return self.filename
 
