@@ -2,12 +2,16 @@
 
 from livedisk.emulator.drivers import (
     blkdebug,
+    blklogwrites,
+    blkverify,
+    compress,
     copy_before_write,
     copy_on_read,
     file,
     host_device,
     job_filters,
     null,
+    preallocate,
     raw,
     snapshot_access,
 )
@@ -16,6 +20,9 @@ from livedisk.emulator.drivers.qcow2 import driver as qcow2
 
 __all__ = [
     "blkdebug",
+    "blklogwrites",
+    "blkverify",
+    "compress",
     "copy_before_write",
     "copy_on_read",
     "file",
@@ -23,6 +30,7 @@ __all__ = [
     "job_filters",
     "nbd",
     "null",
+    "preallocate",
     "qcow2",
     "raw",
     "snapshot_access",

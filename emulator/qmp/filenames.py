@@ -33,6 +33,8 @@ _WEAK = {
     "host_device": None,
     "qcow2": None,
     "nbd": {"reconnect-delay", "open-timeout", "x-dirty-bitmap"},
+    "blklogwrites": {"log-super-update-interval"},
+    "preallocate": None,
 }
 """Options of a driver's own that do not change what the node shows; None: none of them does."""
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from kit.nbd_folder import exported
-from kit.qemu import create
+from kit.qemu import create, qemu_img
 
 SIZE = (300 << 10) + 3 * 512
 """Bytes of every disk: more than one host page, L2 entry and granule; no power of two."""
@@ -100,6 +100,31 @@ def qcow2(options: str = "", **node: Any) -> Callable[[Path, int], dict[str, Any
     return make
 
 
+def blkverify(folder: Path, size: int) -> dict[str, Any]:
+    image = folder / "verified.qcow2"
+    if not image.exists():
+        (folder / "fill.raw").write_bytes(pattern(size))
+        qemu_img("convert", "-f", "raw", "-O", "qcow2", folder / "fill.raw", image)
+    test = {"driver": "qcow2", "file": {"driver": "file", "filename": str(image)}}
+    return {"driver": "blkverify", "discard": "unmap", "test": test, "raw": plain(folder, size)}
+
+
+def blklogwrites(folder: Path, size: int) -> dict[str, Any]:
+    log = folder / "log"
+    log.touch()
+    logged = {"driver": "file", "filename": str(log)}
+    return {"driver": "blklogwrites", "discard": "unmap", "file": plain(folder, size, discard="unmap"), "log": logged}
+
+
+def preallocate(folder: Path, size: int) -> dict[str, Any]:
+    file = plain(folder, size, discard="unmap")
+    return {"driver": "preallocate", "discard": "unmap", "prealloc-size": 1 << 20, "prealloc-align": 4096, "file": file}
+
+
+def compress(folder: Path, size: int) -> dict[str, Any]:
+    return {"driver": "compress", "discard": "unmap", "file": qcow2("cluster_size=4k")(folder, size)}
+
+
 def overlay(options: str = "", shorter: int = 0) -> Callable[[Path, int], dict[str, Any]]:
     """A qcow2 image on a raw one with `pattern`, ``shorter`` bytes shorter than itself."""
 
@@ -139,6 +164,10 @@ VARIANTS: list[Variant] = [
         resizable=False,
         content=pattern,
     ),
+    Variant("blkverify", blkverify, resizable=False, content=pattern),
+    Variant("blklogwrites", blklogwrites, content=pattern),
+    Variant("preallocate", preallocate, content=pattern),
+    Variant("compress", compress, resizable=False),
     Variant("qcow2", qcow2()),
     Variant("qcow2-512", qcow2("cluster_size=512")),
     Variant("qcow2-2M", qcow2("cluster_size=2M")),
