@@ -35,6 +35,7 @@ from livedisk.emulator.exports.exports import BlockExports
 from livedisk.emulator.qmp import (
     bitmap_commands,
     block_commands,
+    block_commands_internal,
     block_commands_snapshot,
     blockdev,
     control,
@@ -62,6 +63,7 @@ log = logging.getLogger(__name__)
 COMMANDS = (
     bitmap_commands,
     block_commands,
+    block_commands_internal,
     block_commands_snapshot,
     blockdev,
     control,

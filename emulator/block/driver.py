@@ -13,7 +13,7 @@ import errno
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, Final
+from typing import TYPE_CHECKING, Any, ClassVar, Final, NamedTuple
 
 import msgspec
 
@@ -35,6 +35,14 @@ ZERO_GRANULE: Final = -1
 """`Driver.sift`: reads as zeroes."""
 SLOW_GRANULE: Final = -2
 """`Driver.sift`: the slow path must ask the node, always."""
+
+
+class Moment(NamedTuple):
+    """When a snapshot is taken: the host's clock, and the guest's (nanoseconds since it started)."""
+
+    seconds: int
+    nanoseconds: int
+    guest_clock: int = 0
 
 
 class Driver(ABC):
@@ -340,6 +348,23 @@ class Driver(ABC):
     def own_bitmaps(self) -> Sequence[tuple[int, int]]:
         """Bitmaps of the driver's own, which queries list after users': granularity and count, bytes."""
         return ()
+
+    @property
+    def has_snapshots(self) -> bool:
+        """Whether the format keeps internal snapshots."""
+        return False
+
+    async def snapshot_create(self, name: str, moment: Moment) -> Mapping[str, Any]:
+        """Keep the image as it is now (all requests are drained): the new one of `snapshots`. Raises OSError."""
+        raise OSError(errno.ENOTSUP, os.strerror(errno.ENOTSUP))
+
+    async def snapshot_delete(self, id: str) -> None:
+        """Forget the snapshot of that id (all requests are drained). Raises OSError; ENOENT if there is none."""
+        raise OSError(errno.ENOTSUP, os.strerror(errno.ENOTSUP))
+
+    async def snapshot_apply(self, id: str) -> None:
+        """Make the image what the snapshot of that id kept (all requests are drained). Raises OSError."""
+        raise OSError(errno.ENOTSUP, os.strerror(errno.ENOTSUP))
 
     def specific_stats(self) -> Mapping[str, Any] | None:
         """BlockStats' driver-specific member (``{"driver": ..., ...}``), or None."""

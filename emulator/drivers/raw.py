@@ -82,6 +82,9 @@ class RawDriver(Driver):
     def debugger(self) -> Debugger | None:
         return self._edge.node.driver.debugger
 
+    def cluster_size(self) -> int:
+        return self._edge.node.driver.cluster_size()
+
     # -- moving bytes ------------------------------------------------------------------------------------------------
     def _check_inside(self, offset: int, length: int) -> None:
         """A write past the end of a part would hit what is not ours."""

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
+from livedisk.emulator.block import internal_snapshots
 from livedisk.emulator.block.bitmaps import DirtyBitmap
 from livedisk.emulator.block.node import Node
 from livedisk.emulator.block.types import DetectZeroes
@@ -216,6 +217,7 @@ class Survey:
         allocated = await driver.allocated_size()
         specific = driver.specific_info()
         dirty = driver.dirty_flag()
+        keeper = internal_snapshots.keeper(node)
         return ImageInfo(
             filename=self._names[node],
             format=node.options.driver,
@@ -226,7 +228,7 @@ class Survey:
             backing_filename=driver.backing_filename() or UNSET,
             full_backing_filename=self._names.full_backing(node) or UNSET,
             backing_filename_format=driver.backing_format() or UNSET,
-            snapshots=[_snapshot(entry) for entry in driver.snapshots()] or UNSET,
+            snapshots=[_snapshot(entry) for entry in (keeper.driver.snapshots() if keeper else ())] or UNSET,
             format_specific=UNSET if specific is None else dict(specific),
         )
 

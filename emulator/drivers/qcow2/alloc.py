@@ -320,7 +320,7 @@ class Allocator:
             await self.storage.corrupt(Damage(text, fatal=False))
             return False
         if punch and max(counts) == 1:
-            await self._punch(first, part)
+            await self.punch(first, part)
             block = await self.refcounts.block(first // self.refcounts.per_block)
         assert block is not None
         for at, count in enumerate(counts, first):
@@ -342,13 +342,18 @@ class Allocator:
                 return (index * refcounts.per_block + at) * self.cluster_size
         return None
 
+    def start_over(self) -> None:
+        """Look for free clusters from the start of the file: refcounts were changed past this allocator."""
+        self._search = self._run_start = self._run_end = 0
+        self._packed_to = 0
+
     def file_cut(self, end: int) -> None:
         """The file ends at ``end`` (bytes) now: what is behind it reads as zeroes again."""
         self._search = min(self._search, self._run_start if self._run_start < self._run_end else self._search)
         self._run_start = self._run_end = 0
         self.fresh_from = min(self.fresh_from, end)
 
-    async def _punch(self, cluster: int, count: int) -> None:
+    async def punch(self, cluster: int, count: int) -> None:
         """Pass the discard on; a hint, so that an error of the file below is none of ours."""
         try:
             await self.storage.file.node.discard(cluster * self.cluster_size, count * self.cluster_size)

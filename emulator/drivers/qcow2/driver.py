@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import msgspec
 
 from livedisk.emulator.block import gate
-from livedisk.emulator.block.driver import Driver, register
+from livedisk.emulator.block.driver import Driver, Moment, register
 from livedisk.emulator.block.node import Edge, Node
 from livedisk.emulator.block.options import BlockdevOptions
 from livedisk.emulator.block.permissions import Role
@@ -30,6 +30,7 @@ from livedisk.emulator.drivers.qcow2.header import Header, Purpose, read_header
 from livedisk.emulator.drivers.qcow2.image import Image
 from livedisk.emulator.drivers.qcow2.options import Qcow2Options
 from livedisk.emulator.drivers.qcow2.resize import resize
+from livedisk.emulator.drivers.qcow2.snapshots import Snapshot
 from livedisk.emulator.errors import BlockError, ImageError
 
 if TYPE_CHECKING:
@@ -323,6 +324,38 @@ class Qcow2(Driver):
 
     def snapshots(self) -> Sequence[Mapping[str, Any]]:
         return [snapshot.info() for snapshot in self.image.snapshots]
+
+    @property
+    def has_snapshots(self) -> bool:
+        return True
+
+    async def snapshot_create(self, name: str, moment: Moment) -> Mapping[str, Any]:
+        from livedisk.emulator.drivers.qcow2 import snapshot_change
+
+        self._check_usable()
+        return (await snapshot_change.create(self.image, name, moment)).info()
+
+    async def snapshot_delete(self, id: str) -> None:
+        from livedisk.emulator.drivers.qcow2 import snapshot_change
+
+        self._check_usable()
+        await snapshot_change.delete(self.image, self._snapshot(id))
+
+    async def snapshot_apply(self, id: str) -> None:
+        from livedisk.emulator.drivers.qcow2 import snapshot_change
+
+        await self._before_change()
+        before = self.size
+        await snapshot_change.apply(self.image, self._snapshot(id))
+        self.node.written(0, max(before, self.size))
+        if self.size != before:
+            self.node.graph.resized(self.node)
+
+    def _snapshot(self, id: str) -> Snapshot:
+        for one in self.image.snapshots:
+            if one.id.decode(errors="replace") == id:
+                return one
+        raise OSError(errno.ENOENT, os.strerror(errno.ENOENT))
 
     async def allocated_size(self) -> int | None:
         """Of the file, and of the data file."""

@@ -105,6 +105,8 @@ class Image:
         self.writer = Writer(self)
         self.zeroer = Zeroer(self)
         self.snapshots: tuple[Snapshot, ...] = ()
+        self.half_changed = False
+        """A change of snapshots failed half-way: the dirty bit stays, for who opens the image next."""
         self.bitmaps_trusted = header.bitmaps is not None
         self.decompressor = Decompressor(header.compression_type, self.geometry.cluster_size)
 
@@ -122,9 +124,9 @@ class Image:
                 [(directory.directory_offset, self.geometry.round_up(directory.directory_size))],
             )
         self.snapshots = (await read_snapshots(self.storage.file.node, header)).snapshots
-        await self._guard_snapshots()
+        await self.guard_snapshots()
 
-    async def _guard_snapshots(self) -> None:
+    async def guard_snapshots(self) -> None:
         """Tell the guard what belongs to internal snapshots."""
         guard, size = self.storage.guard, self.geometry.cluster_size
         table = table_to_bytes(self.snapshots)
@@ -357,7 +359,7 @@ class Image:
             self.allocator.give_back(offset, count)
         self.allocator.quarantine.clear()
         await self.writeback.finish()
-        if self.header.dirty:
+        if self.header.dirty and not self.half_changed:
             await self.set_dirty(dirty=False)
 
     def forget(self) -> None:

@@ -1,7 +1,7 @@
 """The table of internal snapshots: parsed whole, written back byte for byte.
 
 An internal snapshot is an L1 table of its own; its entry in the table also carries names, times and what later versions of
-the format may add (``extra``, kept as it is). Creating, applying and deleting snapshots is not done here.
+the format may add (``extra``, kept as it is). Creating, applying and deleting snapshots: `snapshot_change.py`.
 
 Source: QEMU ``docs/interop/qcow2.txt``, "Snapshots"; limits and wording from ``block/qcow2-snapshot.c``.
 """
