@@ -117,7 +117,10 @@ class Blkverify(OpaqueFilter):
 
     @property
     def filename(self) -> str:
-        return self.exact_filename({name: edge.node.driver.filename for name, edge in self.node.children.items()}, ()) or ""
+        return (
+            self.exact_filename({name: edge.node.driver.filename for name, edge in self.node.children.items()}, ())
+            or ""
+        )
 
     @classmethod
     def parse_filename(cls, rest: str) -> dict[str, str]:

@@ -243,7 +243,8 @@ def test_power_cut_while_a_snapshot_shares_everything_leaks_at_most(options: str
 
 
 @pytest.mark.parametrize(
-    "options", ["", "cluster_size=512", "extended_l2=on,cluster_size=16k", "compat=0.10,cluster_size=4k", "lazy_refcounts=on"]
+    "options",
+    ["", "cluster_size=512", "extended_l2=on,cluster_size=16k", "compat=0.10,cluster_size=4k", "lazy_refcounts=on"],
 )
 def test_power_cut_while_snapshots_come_and_go_loses_nothing(options: str, tmp_path: Path) -> None:
     work = Workload(*start(tmp_path, options, snapshot=True), 5)

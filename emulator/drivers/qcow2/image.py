@@ -115,7 +115,9 @@ class Image:
         header, size = self.header, self.geometry.cluster_size
         l1 = await self.storage.read(header.l1_table_offset, header.l1_size * 8)
         self.tables.adopt(table_from_bytes(l1), header.l1_table_offset)
-        table = await self.storage.read(header.refcount_table_offset, header.refcount_table_clusters * size, Event.REFTABLE_LOAD)
+        table = await self.storage.read(
+            header.refcount_table_offset, header.refcount_table_clusters * size, Event.REFTABLE_LOAD
+        )
         self.refcounts.adopt(table_from_bytes(table), header.refcount_table_offset)
         if header.bitmaps is not None:
             directory = header.bitmaps
@@ -269,7 +271,9 @@ class Image:
         plain = self.decompressor.known(run.entry)
         if plain is None:
             where, length = self.geometry.compressed_extent(run.entry)
-            plain = await self.decompressor.unpack(run.entry, await self.storage.read(where, length, Event.READ_COMPRESSED))
+            plain = await self.decompressor.unpack(
+                run.entry, await self.storage.read(where, length, Event.READ_COMPRESSED)
+            )
         inside = self.geometry.into_cluster(offset)
         view[:] = plain[inside : inside + len(view)]
 

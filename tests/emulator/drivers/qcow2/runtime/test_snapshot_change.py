@@ -41,7 +41,8 @@ class Session:
                         await self.administrator()
                     except OSError as error:
                         # Compressed clusters share host clusters: two bits may not count one reference more.
-                        assert (error.errno, self.disk.image.geometry.refcount_bits) == (errno.EINVAL, 2)
+                        if (error.errno, self.disk.image.geometry.refcount_bits) != (errno.EINVAL, 2):
+                            raise
                 assert await self.disk.read(0, len(self.model)) == bytes(self.model)
 
     async def guest(self) -> None:
@@ -96,7 +97,7 @@ def judge(path: Path, session: Session, folder: Path) -> None:
 
 
 @pytest.mark.parametrize("variant", [name for name in VARIANTS if "data file" not in name])
-@settings(max_examples=4)
+@settings(max_examples=2)
 @given(seed=st.integers(0, 1 << 30), cache=st.sampled_from([1 << 25, 4096]))
 def test_every_snapshot_keeps_what_it_was_made_of(variant: str, seed: int, cache: int) -> None:
     async def exercise(session: Session) -> None:
