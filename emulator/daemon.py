@@ -42,9 +42,11 @@ from livedisk.emulator.qmp import (
     device_commands,
     export_commands,
     object_commands,
+    qom_commands,
     query_block,
     query_graph,
     query_uuid,
+    throttle_commands,
 )
 from livedisk.emulator.qmp.block_events import BlockImageCorrupted
 from livedisk.emulator.qmp.chardev import Chardev, MonitorOptions
@@ -74,6 +76,8 @@ COMMANDS = (
     query_block,
     query_graph,
     query_uuid,
+    qom_commands,
+    throttle_commands,
 )
 """Modules that register commands, events, drivers and option types by being imported."""
 
@@ -100,6 +104,7 @@ class Daemon:
         self.devices = DeviceTree(self.graph, self.run_state, self.events.emit, self._is_iothread)
         self.exports = BlockExports(self.graph, self.devices, self.events.emit, self._is_iothread)
         self.graph.parse_options = self.parse_options
+        throttle_commands.connect(self.graph.throttle_groups, self.objects)
         self.graph.on_corruption.append(self._announce_corruption)
         self.extensions: dict[type, Extension] = {}
         self._dispatcher = Dispatcher()

@@ -17,6 +17,7 @@ engine.
     gate.py         the one way to files that an image's header names
     reopen.py       change options of open nodes: plan, prepare, switch in one step
     blockers.py     who keeps a node busy, and for what
+    throttle.py     so many requests or bytes a second, for one disk or a group
     debug.py        what formats tell a fault injector below them
     transaction.py  prepare, then commit or abort, in order
 

@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any, Final, TypeVar
 from livedisk.emulator.block.flatmap import FlatMap
 from livedisk.emulator.block.node import Edge, Node
 from livedisk.emulator.block.permissions import Perm
+from livedisk.emulator.block.throttle import Direction, Member, ThrottleGroup
 from livedisk.emulator.block.types import Preallocation, ZeroFlags
 
 if TYPE_CHECKING:
@@ -39,7 +40,7 @@ class BlockBackend:
 
     ``description``: as QEMU's messages name it ("block device 'x'", "an unnamed block device"). ``known_size``: the
     node's size (bytes) when it was last looked at. ``on_resize``, ``on_root_changed``: called after the node's size, or
-    the node itself, changed.
+    the node itself, changed. ``throttle``: its part in a group of limits, or None.
     """
 
     of_job = False
@@ -58,6 +59,7 @@ class BlockBackend:
         self.try_read = self.fast.try_read
         self.try_write = self.fast.try_write
         self.known_size = 0
+        self.throttle: Member | None = None
         self._quiesced = 0
         self._in_flight = 0
         self._opened: asyncio.Future[None] | None = None
@@ -94,7 +96,7 @@ class BlockBackend:
         """The graph below changed: forget the flat map and re-decide whether the fast path is open."""
         self.fast.reset()
         self.known_size = self.size
-        self.fast.enabled = not self._quiesced and self.root is not None
+        self.fast.enabled = not self._quiesced and self.root is not None and self.throttle is None
 
     # -- the gate --------------------------------------------------------------------------------------------------
     @property
@@ -110,16 +112,34 @@ class BlockBackend:
     def quiesce(self) -> None:
         """Let no new request in. Counted."""
         self._quiesced += 1
+        if self.throttle is not None:
+            self.throttle.suspend()  # what waits there must not hold up a drain
         self.refresh()
 
     def unquiesce(self) -> None:
         """Undo one `quiesce`; the last one lets the waiting requests in."""
         self._quiesced -= 1
+        if self.throttle is not None:
+            self.throttle.unsuspend()
         if self._quiesced == 0:
             self.refresh()
             if self._opened is not None:
                 opened, self._opened = self._opened, None
                 opened.set_result(None)
+
+    def set_throttle(self, group: ThrottleGroup | None) -> None:
+        """Let the backend's requests share the limits of ``group``, or (None) of none."""
+        if self.throttle is not None and group is not None:
+            if self.throttle.group is not group:
+                self.throttle.move(group)
+            return
+        if self.throttle is not None:
+            self.throttle.leave()
+            self.throttle = None
+        elif group is not None:
+            self.throttle = Member(group)
+            self.throttle.suspended = self._quiesced
+        self.refresh()
 
     async def idle(self) -> None:
         """Wait until no request is in flight."""
@@ -192,6 +212,8 @@ class BlockBackend:
 
     async def _read(self, node: Node, offset: int, view: memoryview) -> None:
         self._check(node, offset, len(view), Perm.NONE)
+        if self.throttle is not None:
+            await self.throttle.admit(Direction.READ, len(view))
         await node.read(offset, view)
 
     async def write(self, offset: int, data: memoryview, *, fua: bool = False) -> None:
@@ -200,6 +222,8 @@ class BlockBackend:
 
     async def _write(self, node: Node, offset: int, data: memoryview, *, fua: bool) -> None:
         self._check(node, offset, len(data), _WRITE)
+        if self.throttle is not None:
+            await self.throttle.admit(Direction.WRITE, len(data))
         await node.write(offset, data, fua=fua)
 
     async def write_zeroes(
@@ -210,6 +234,8 @@ class BlockBackend:
 
     async def _write_zeroes(self, node: Node, offset: int, length: int, flags: ZeroFlags, *, fua: bool) -> None:
         self._check(node, offset, length, _WRITE)
+        if self.throttle is not None:
+            await self.throttle.admit(Direction.WRITE, length)
         await node.write_zeroes(offset, length, flags, fua=fua)
 
     async def discard(self, offset: int, length: int, *, fua: bool = False) -> None:

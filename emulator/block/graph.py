@@ -29,6 +29,7 @@ from livedisk.emulator.block.node import Edge, Node, Parent
 from livedisk.emulator.block.options import BlockdevOptions
 from livedisk.emulator.block.permissions import Perm, Role, check_edges
 from livedisk.emulator.block.settings import Settings, settle
+from livedisk.emulator.block.throttle import DrainListener, ThrottleGroups
 from livedisk.emulator.block.transaction import Transaction
 from livedisk.emulator.errors import BlockError, NodeNotFound
 from livedisk.nbd.client_connection import Secure
@@ -45,7 +46,8 @@ class Graph:
 
     ``reserved``: callables that say whether a name is taken by something other than a node (a device); ``on_change``:
     called after any change of
-    structure; ``on_corruption``: told of damage found in an image at run time (node, text, offset and size in bytes or None,
+    structure; ``throttle_groups``: who shares limits; ``drain_listeners``: nodes that hold requests back on their own;
+    ``on_corruption``: told of damage found in an image at run time (node, text, offset and size in bytes or None,
     whether the image is unusable now); ``parse_options``: turns the dict of a ``json:{...}`` filename into typed options (set by
     the daemon: this layer knows nothing of QMP); ``client_tls``: turns the id of TLS credentials and the name that the server
     must prove (None: any that it has) into what does the TLS handshake on a connection (set by the daemon, too).
@@ -59,6 +61,8 @@ class Graph:
         self.on_corruption: list[Callable[[Node, str, int | None, int | None, bool], None]] = []
         self.parse_options: Callable[[dict[str, Any]], BlockdevOptions] | None = None
         self.client_tls: Callable[[str, str | None], Secure] | None = None
+        self.throttle_groups = ThrottleGroups()
+        self.drain_listeners: dict[Node, DrainListener] = {}
         self._drains: list[_Drain] = []
         self._serial = 0
 
@@ -427,8 +431,7 @@ class Graph:
             yield
         finally:
             self._drains.remove(drain)
-            for backend in drain.held:
-                backend.unquiesce()
+            drain.end()
 
     def _working_above(self, nodes: Collection[Node]) -> Driver | None:
         """A driver that works by itself on one of the nodes (on any, if none are given)."""
@@ -511,12 +514,13 @@ class Graph:
 
 
 class _Drain:
-    """One drained section: its nodes (none: all), and the backends that it holds."""
+    """One drained section: its nodes (none: all), the backends that it holds, and those below them that it told."""
 
     def __init__(self, graph: Graph, nodes: tuple[Node, ...]) -> None:
         self._graph = graph
         self._nodes = nodes
         self.held: list[BlockBackend] = []
+        self._told: list[DrainListener] = []
 
     def extend(self) -> None:
         """Hold what stands above the nodes now and is not held yet."""
@@ -525,6 +529,17 @@ class _Drain:
             if backend not in self.held:
                 self.held.append(backend)
                 backend.quiesce()
+        for node, listener in graph.drain_listeners.items():
+            if listener not in self._told and any(backend in self.held for backend in graph.backends_above([node])):
+                self._told.append(listener)
+                listener.drain_begin()
+
+    def end(self) -> None:
+        """Let everybody go on."""
+        for backend in self.held:
+            backend.unquiesce()
+        for listener in self._told:
+            listener.drain_end()
 
 
 class _Nested:

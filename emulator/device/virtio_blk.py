@@ -143,6 +143,8 @@ class VirtioBlk:
             log.warning("device %s: flushing node '%s' failed: %s", self.path, node.name, error)
         self._run_state.remove(self)
         self.backend.unquiesce()
+        self.backend.set_throttle(None)
+        self._graph.throttle_groups.tidy()
         await self._graph.detach_root(self.backend)
 
     async def _first_sector(self) -> bytes:
@@ -337,9 +339,12 @@ class VirtioBlk:
     async def block_info(self) -> BlockInfo:
         """This device's element of query-block."""
         # Imported here: a device works without QMP.
-        from livedisk.emulator.qmp.query_block import BlockDeviceIoStatus, BlockInfo, node_info
+        from livedisk.emulator.qmp.query_block import BlockDeviceIoStatus, BlockInfo, node_info, throttling
 
         info = await node_info(self.backend.node, deep=True, writeback=self.write_cache, skip_implicit=True)
+        throttle = self.backend.throttle
+        if throttle is not None:
+            info = msgspec.structs.replace(info, **throttling(throttle.group))
         status = self.io_status
         return BlockInfo(
             device="",

@@ -14,6 +14,7 @@ from livedisk.emulator.drivers import (
     preallocate,
     raw,
     snapshot_access,
+    throttle,
 )
 from livedisk.emulator.drivers.nbd import driver as nbd
 from livedisk.emulator.drivers.qcow2 import driver as qcow2
@@ -34,4 +35,5 @@ __all__ = [
     "qcow2",
     "raw",
     "snapshot_access",
+    "throttle",
 ]

@@ -17,7 +17,7 @@ import logging
 import os
 import re
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -73,6 +73,17 @@ class Objects:
 
     def __init__(self) -> None:
         self._objects: dict[str, Any] = {}
+        self.before_add: list[Callable[[Any], None]] = []
+        """Called with each object before it is one; may raise LiveDiskError."""
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._objects
+
+    def __getitem__(self, name: str) -> Any:
+        return self._objects[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._objects)
 
     def find(self, name: str, kind: type[T]) -> T | None:
         """The object of that id and class, or None."""
@@ -88,6 +99,8 @@ class Objects:
         if not _IDENTIFIER.match(options.id):
             raise ParameterError("Parameter 'id' expects an identifier", hint=IDENTIFIER_HINT)
         made = OBJECT_TYPES[options.qom_type][1](options)
+        for check in self.before_add:
+            check(made)
         if options.id in self._objects:
             raise LiveDiskError(f"attempt to add duplicate property '{options.id}' to object (type 'container')")
         self._objects[options.id] = made
@@ -96,6 +109,8 @@ class Objects:
         """End an object. Raises LiveDiskError in QEMU's words."""
         if name not in self._objects:
             raise LiveDiskError(f"object '{name}' not found")
+        if getattr(self._objects[name], "in_use", False):
+            raise LiveDiskError(f"object '{name}' is in use, can not be deleted")
         del self._objects[name]
 
 

@@ -1,7 +1,7 @@
 """query-block and query-named-block-nodes: what nodes, images and devices are, typed as QEMU types it.
 
 Source: QEMU ``qapi/block-core.json`` (ImageInfo, BlockDeviceInfo, BlockInfo), ``block/qapi.c``; compared member by
-member with QEMU 10.0.2. The throttling members are there and 0, as QEMU has them for devices without throttling.
+member with QEMU 10.0.2. Throttling is a device's: nodes show 0, as in QEMU, also a throttle filter.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import msgspec
 from livedisk.emulator.block import internal_snapshots
 from livedisk.emulator.block.bitmaps import DirtyBitmap
 from livedisk.emulator.block.node import Node
+from livedisk.emulator.block.throttle import Bucket, ThrottleGroup
 from livedisk.emulator.block.types import DetectZeroes
 from livedisk.emulator.qmp.context import Context
 from livedisk.emulator.qmp.filenames import Names
@@ -78,7 +79,7 @@ class BlockDirtyInfo(QapiStruct, kw_only=True):
 
 
 class BlockDeviceInfo(QapiStruct, kw_only=True):
-    """A node in use: its image, its state, its (absent) throttling."""
+    """A node in use: its image, its state, its throttling: bytes and requests a second, 0: no limit; lengths in seconds."""
 
     file: str
     node_name: str
@@ -95,10 +96,46 @@ class BlockDeviceInfo(QapiStruct, kw_only=True):
     iops_rd: int = msgspec.field(name="iops_rd")
     iops_wr: int = msgspec.field(name="iops_wr")
     image: ImageInfo
+    bps_max: int | UnsetType = msgspec.field(default=UNSET, name="bps_max")
+    bps_rd_max: int | UnsetType = msgspec.field(default=UNSET, name="bps_rd_max")
+    bps_wr_max: int | UnsetType = msgspec.field(default=UNSET, name="bps_wr_max")
+    iops_max: int | UnsetType = msgspec.field(default=UNSET, name="iops_max")
+    iops_rd_max: int | UnsetType = msgspec.field(default=UNSET, name="iops_rd_max")
+    iops_wr_max: int | UnsetType = msgspec.field(default=UNSET, name="iops_wr_max")
+    bps_max_length: int | UnsetType = msgspec.field(default=UNSET, name="bps_max_length")
+    bps_rd_max_length: int | UnsetType = msgspec.field(default=UNSET, name="bps_rd_max_length")
+    bps_wr_max_length: int | UnsetType = msgspec.field(default=UNSET, name="bps_wr_max_length")
+    iops_max_length: int | UnsetType = msgspec.field(default=UNSET, name="iops_max_length")
+    iops_rd_max_length: int | UnsetType = msgspec.field(default=UNSET, name="iops_rd_max_length")
+    iops_wr_max_length: int | UnsetType = msgspec.field(default=UNSET, name="iops_wr_max_length")
+    iops_size: int | UnsetType = msgspec.field(default=UNSET, name="iops_size")
+    group: str | UnsetType = UNSET
     cache: BlockdevCacheInfo
     dirty_bitmaps: list[BlockDirtyInfo] | UnsetType = UNSET
     write_threshold: int = msgspec.field(name="write_threshold")
     active: bool
+
+
+_BUCKETS = {
+    "bps": Bucket.BPS_TOTAL,
+    "bps_rd": Bucket.BPS_READ,
+    "bps_wr": Bucket.BPS_WRITE,
+    "iops": Bucket.IOPS_TOTAL,
+    "iops_rd": Bucket.IOPS_READ,
+    "iops_wr": Bucket.IOPS_WRITE,
+}
+
+
+def throttling(group: ThrottleGroup) -> dict[str, Any]:
+    """The members of BlockDeviceInfo that a device's throttling fills."""
+    found: dict[str, Any] = {"group": group.name}
+    for name, bucket in _BUCKETS.items():
+        limit = group.limits[bucket]
+        found[name] = limit.average
+        found[f"{name}_max"] = limit.maximum or UNSET
+        found[f"{name}_max_length"] = limit.length if limit.maximum else UNSET
+    found["iops_size"] = group.limits.iops_size or UNSET
+    return found
 
 
 class BlockDeviceIoStatus(enum.StrEnum):
