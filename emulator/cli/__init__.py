@@ -13,6 +13,12 @@ COMMANDS = {
     "serve": ("livedisk.emulator.cli.serve", "serve", "serve one image over NBD, with one line"),
     "daemon": ("livedisk.emulator.cli.daemon", "daemon", "run an emulated disk: QEMU's options, QMP, NBD"),
     "img": ("livedisk.emulator.cli.img", "img", "make, check, repair and look at qcow2 images"),
+    "jobs": ("livedisk.emulator.cli.jobs", "jobs", "show what the jobs do: bars, rates, and what they wait for"),
+    "graph": (
+        "livedisk.emulator.cli.graph",
+        "graph",
+        "draw the nodes, devices, exports and jobs: text, svg, dot, json",
+    ),
     "qmp": ("livedisk.emulator.cli.qmp", "qmp", "talk to a QMP socket: one command, or a shell"),
 }
 """By name: the module, the command in it, and a line for the help."""

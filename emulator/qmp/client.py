@@ -73,7 +73,8 @@ class QmpClient:
             raise ConnectionLost(f"{address}: not a QMP monitor: {error}") from None
         except TimeoutError:
             raise ConnectionLost(
-                f"{address}: no QMP greeting within {timeout:g} s (is another client connected?)"
+                f"{address}: no QMP greeting within {timeout:g} s: most likely another client is connected, and a QMP socket "
+                "serves one at a time; end that client, or give the daemon a second -qmp"
             ) from None
         except OSError as error:
             raise ConnectionLost(f"Failed to connect to '{address}': {error.strerror or error}") from None
