@@ -26,6 +26,7 @@ from .client_handshake import ExportInfo
 from .client_transmission import NO_FLAGS, Pending
 from .constants import Command, CommandFlag, ReplyMode, TransmissionFlag
 from .export import Extent
+from .tls import ClientTls
 
 
 class NbdClient:
@@ -37,9 +38,18 @@ class NbdClient:
 
     @classmethod
     async def connect_unix(
-        cls, path: str, name: str = "", *, contexts: Sequence[str] = (), best: ReplyMode = ReplyMode.EXTENDED
+        cls,
+        path: str,
+        name: str = "",
+        *,
+        contexts: Sequence[str] = (),
+        best: ReplyMode = ReplyMode.EXTENDED,
+        tls: ClientTls | None = None,
     ) -> NbdClient:
-        """Connect over a unix socket. Raises OSError if nobody is there, `NegotiationFailed` if the server refuses."""
+        """Connect over a unix socket. Raises OSError if nobody is there, `NegotiationFailed` if the server refuses.
+
+        With ``tls`` it is TLS or nothing.
+        """
         sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         sock.setblocking(False)
         try:
@@ -47,7 +57,8 @@ class NbdClient:
         except BaseException:
             sock.close()
             raise
-        return cls(await open_connection(sock, name, contexts=contexts, best=best))
+        secure = None if tls is None else tls.secure
+        return cls(await open_connection(sock, name, contexts=contexts, best=best, secure=secure))
 
     @classmethod
     async def connect_tcp(
@@ -58,8 +69,9 @@ class NbdClient:
         *,
         contexts: Sequence[str] = (),
         best: ReplyMode = ReplyMode.EXTENDED,
+        tls: ClientTls | None = None,
     ) -> NbdClient:
-        """Connect over TCP. Raises as `connect_unix`."""
+        """Connect over TCP. ``tls``, and what it raises: as `connect_unix`."""
         loop = asyncio.get_running_loop()
         found = await loop.getaddrinfo(host, port, type=socket.SOCK_STREAM)
         for number, (family, kind, proto, _, address) in enumerate(found):
@@ -77,7 +89,8 @@ class NbdClient:
             else:
                 break
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        return cls(await open_connection(sock, name, contexts=contexts, best=best))
+        secure = None if tls is None else tls.secure
+        return cls(await open_connection(sock, name, contexts=contexts, best=best, secure=secure))
 
     @property
     def in_flight(self) -> int:

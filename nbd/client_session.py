@@ -1,6 +1,7 @@
-"""One client of the server over its whole life: greeting, negotiation with a deadline, then a `Connection`.
+"""One client of the server over its whole life: greeting, negotiation (in TLS) with a deadline, then a `Connection`.
 
-The shell around `ServerHandshake`. A client that does not read our replies is not read from (so it cannot make us store
+The shell around `ServerHandshake`. The deadline counts from the beginning, so that a client that stalls in the TLS handshake is
+dropped with those that stall elsewhere. A client that does not read our replies is not read from (so it cannot make us store
 replies without end), and one that did not choose an export before the deadline is dropped.
 """
 
@@ -14,7 +15,8 @@ from typing import Final, Protocol
 
 from .connection import Connection, Shared
 from .export import Export
-from .handshake import Aborted, Chosen, ServerHandshake, Violation
+from .handshake import Aborted, Chosen, ServerHandshake, StartTls, Violation
+from .tls import ServerTls, TlsStream, Want, reason_of
 
 log = logging.getLogger(__name__)
 
@@ -44,6 +46,7 @@ class Client:
         owner: Owner,
         sock: socket.socket,
         deadline: float,
+        tls: ServerTls | None,
         changed: Callable[[Client], None],
         gone: Callable[[Client, Export | None], None],
     ) -> None:
@@ -52,10 +55,14 @@ class Client:
         self.connection: Connection | None = None
         self._shared = shared
         self._owner = owner
-        self._sock = sock
+        self._sock: socket.socket | TlsStream = sock
+        self._tls = tls
         self._changed = changed
         self._gone = gone
-        self._handshake = ServerHandshake(self)
+        self._handshake = ServerHandshake(self, tls=tls is not None)
+        self._plain = sock
+        self._starttls = False
+        self._securing: TlsStream | None = None
         self._output = b""
         self._final = False
         self._chosen: Chosen | None = None
@@ -95,6 +102,9 @@ class Client:
         self.close()
 
     def _readable(self) -> None:
+        if self._securing is not None:
+            self._go_on_securing(self._securing)
+            return
         try:
             data = self._sock.recv(_PIECE)
         except (BlockingIOError, InterruptedError):
@@ -107,6 +117,20 @@ class Client:
             self.close()
             return
         self._negotiate(data)
+        self._read_more()
+
+    def _read_more(self) -> None:
+        """Go on with data that TLS holds, and that the socket will not report again."""
+        stream = self._sock
+        if isinstance(stream, TlsStream) and stream.more and self._may_read():
+            self._shared.loop.call_soon(self._read_held)
+
+    def _read_held(self) -> None:
+        if self._may_read():
+            self._readable()
+
+    def _may_read(self) -> bool:
+        return self.connection is None and self.connected and not self._output
 
     def _negotiate(self, data: bytes) -> None:
         """Feed the handshake, send what it says, and again for as long as it is held up by its own output."""
@@ -118,6 +142,8 @@ class Client:
                     self._final = True
                 elif isinstance(event, Aborted):
                     self._final = True
+                elif isinstance(event, StartTls):
+                    self._starttls = True
                 else:
                     self._chosen = event
             data = b""
@@ -143,6 +169,9 @@ class Client:
         if self._final:
             self.close()
             return False
+        if self._starttls:
+            self._start_tls()
+            return False
         if self._chosen is not None:
             self._begin(self._chosen)
             return False
@@ -151,8 +180,41 @@ class Client:
     def _writable(self) -> None:
         self._shared.loop.remove_writer(self._sock.fileno())
         self._shared.loop.add_reader(self._sock.fileno(), self._readable)
-        if self._send():
+        if self._securing is not None:
+            self._go_on_securing(self._securing)
+        elif self._send():
             self._negotiate(b"")
+            self._read_more()
+
+    # TLS.
+
+    def _start_tls(self) -> None:
+        """The client was told to go ahead: its next bytes, those that came early included, are TLS."""
+        assert self._tls is not None
+        self._starttls = False
+        received = self._handshake.leftover
+        stream = TlsStream(self._plain, self._tls.context, server_side=True, received=received)
+        self._sock = self._securing = stream
+        self._go_on_securing(stream)
+
+    def _go_on_securing(self, stream: TlsStream) -> None:
+        assert self._tls is not None
+        try:
+            want = stream.handshake()
+            if want is Want.NOTHING and self._tls.admit is not None:
+                self._tls.admit(stream)
+        except OSError as error:
+            log.info("client %s: TLS handshake failed: %s", self.peer, reason_of(error))
+            self.close()
+            return
+        if want is Want.WRITE:
+            self._shared.loop.remove_reader(stream.fileno())
+            self._shared.loop.add_writer(stream.fileno(), self._writable)
+        elif want is Want.NOTHING:
+            log.debug("client %s: %s", self.peer, stream.version())
+            self._securing = None
+            self._handshake.secured()
+            self._readable()
 
     def _begin(self, chosen: Chosen) -> None:
         """Hand the socket over to the transmission phase."""

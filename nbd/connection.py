@@ -4,9 +4,9 @@
                        |  (SLOW)                      ^
                        '--judge--> task: answer() ----'  (out of order)
 
-The socket is non-blocking and read and written directly: a transport would keep a reference to a reply buffer that it
-could not send at once, which forbids to reuse it. The event loop only tells when to go on (`settle`), and the `Poller` tries
-on its own before that.
+The socket is non-blocking (a `tls.TlsStream` behaves as one) and read and written directly: a transport would keep a
+reference to a reply buffer that it could not send at once, which forbids to reuse it. The event loop only tells when to go
+on (`settle`), and the `Poller` tries on its own before that.
 
 Invariants:
 
@@ -38,6 +38,7 @@ from .fastpath import FULL, fast_loop
 from .handshake import Session
 from .poller import Poller
 from .slowpath import Buffer, Reply, answer
+from .tls import TlsStream
 from .transmission import BadFrame, Framing, Refusal, Replies, Request, judge, status_filter
 
 log = logging.getLogger(__name__)
@@ -111,7 +112,7 @@ class Connection:
     def __init__(
         self,
         shared: Shared,
-        sock: socket.socket,
+        sock: socket.socket | TlsStream,
         session: Session,
         finished: Callable[[Connection], None],
     ) -> None:
@@ -119,6 +120,7 @@ class Connection:
         self.last_active = 0
         self._shared = shared
         self._sock = sock
+        self._tls = sock if isinstance(sock, TlsStream) else None
         self._fileno = sock.fileno()
         self._recv_into = sock.recv_into
         self._send = sock.send
@@ -178,6 +180,8 @@ class Connection:
         loop, woken = self._shared.loop, self._shared.poller.woken
         writes = self._blocked
         reads = not (writes or self._saturated or self._leaving or self._is_paused())
+        if reads and self._tls is not None and self._tls.more:
+            loop.call_soon(woken, self)  # it holds data that the socket will not report again
         if reads != self._reader:
             self._reader = reads
             if reads:

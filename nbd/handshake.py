@@ -8,7 +8,12 @@ are in ``leftover`` and belong to the transmission phase.
                           '--------> DONE (chosen, aborted, or the client broke a rule)
 
 What can be negotiated is a table, `OPTIONS`: a row is an option's number, its handler and how much data it may carry. Adding an
-option is a row and a function; STARTTLS is a row that refuses, and the one that will upgrade takes its place.
+option is a row and a function.
+
+With ``tls`` the server requires TLS (proto.md's FORCEDTLS; there is no optional TLS, which anybody in the middle could take
+away): until STARTTLS succeeded, nothing else but ABORT is answered with more than NBD_REP_ERR_TLS_REQD. STARTTLS ends the
+plain part with the event `StartTls`; the caller sends the output, wraps the connection, and says `secured`. What stood
+behind the option goes to TLS (`leftover`), never into the negotiation: text that somebody slipped in before is not obeyed.
 
 Invariants: at most `MAX_OPTION_DATA` bytes of an option are ever held (longer data of a known or unknown option is
 counted and dropped), and little more than `_MAX_OUTPUT` bytes of replies; an option never leaves half a reply; the state
@@ -117,7 +122,12 @@ class Violation:
     reason: str
 
 
-Event = Chosen | Aborted | Violation
+@dataclass(frozen=True, slots=True)
+class StartTls:
+    """The client may start TLS: send the output, hand ``leftover`` to TLS, then call `ServerHandshake.secured`."""
+
+
+Event = Chosen | Aborted | Violation | StartTls
 
 
 class _OptionError(Exception):
@@ -215,11 +225,13 @@ def _encode(name: str) -> bytes:
 class ServerHandshake:
     """One client's negotiation, from the greeting to the choice of an export.
 
-    ``leftover`` holds what arrived behind the end of the handshake.
+    ``leftover`` holds what arrived behind the end of the handshake. ``tls``: TLS is required.
     """
 
-    def __init__(self, exports: Exports) -> None:
+    def __init__(self, exports: Exports, *, tls: bool = False) -> None:
         self._exports = exports
+        self._tls = tls
+        self._secure = False
         self._output = bytearray(
             GREETING.pack(INIT_MAGIC, OPTION_MAGIC, HandshakeFlag.FIXED_NEWSTYLE | HandshakeFlag.NO_ZEROES)
         )
@@ -248,12 +260,18 @@ class ServerHandshake:
         return len(self._output) >= _MAX_OUTPUT
 
     def receive(self, data: bytes | memoryview) -> list[Event]:
-        """Go as far as ``data`` allows. Must not be called again after a final event."""
+        """Go as far as ``data`` allows. Must not be called again after an event, unless `secured` said so."""
         self._pending += data
         while not self.held_up and self._step():
             pass
         events, self._events = self._events, []
         return events
+
+    def secured(self) -> None:
+        """TLS is up: go on with what comes through it."""
+        self._secure = True
+        self.leftover = b""
+        self._step = self._read_option
 
     # The steps: each consumes from the front of `_pending` and says whether it got anywhere.
 
@@ -294,6 +312,11 @@ class ServerHandshake:
             return self._finish(Violation(f"len ({self._length}) is larger than max len ({MAX_PAYLOAD}) of an option"))
         if not self._fixed and self._option != Option.EXPORT_NAME:
             return self._finish(Violation(f"Unsupported option {self._option} before fixed newstyle"))
+        if self._tls and not self._secure and self._option == Option.EXPORT_NAME:
+            return self._finish(Violation(f"Option 0x{self._option:x} not permitted before TLS"))
+        if self._tls and not self._secure and self._option == Option.STARTTLS and self._length:
+            self._reply_error(_unexpected_length(self._option))
+            return self._finish(Violation("STARTTLS with data"))
         if self._option == Option.EXPORT_NAME and self._length > MAX_STRING:
             return self._finish(Violation("Bad length received"))
         self._skip_reply = self._refusal()
@@ -304,6 +327,8 @@ class ServerHandshake:
         """Why this option is refused whatever its data says, or None."""
         if self._option == Option.ABORT:
             return None
+        if self._tls and not self._secure and self._option != Option.STARTTLS:
+            return _OptionError(OptionReply.ERR_TLS_REQD, f"Option 0x{self._option:x} not permitted before TLS")
         if self._exports.stopping and self._option != Option.EXPORT_NAME:
             return _OptionError(OptionReply.ERR_SHUTDOWN, "server is shutting down")
         row = OPTIONS.get(self._option)
@@ -396,7 +421,12 @@ class ServerHandshake:
         return None
 
     def on_starttls(self, _reader: _Reader, _data: bytes) -> Event | None:
-        raise _OptionError(OptionReply.ERR_POLICY, "TLS not configured")
+        if not self._tls:
+            raise _OptionError(OptionReply.ERR_POLICY, "TLS not configured")
+        if self._secure:
+            raise _OptionError(OptionReply.ERR_INVALID, "TLS already enabled")
+        self.reply(OptionReply.ACK)
+        return StartTls()
 
     def on_info(self, reader: _Reader, _data: bytes) -> Event | None:
         export, wanted = self._read_info_request(reader)

@@ -39,6 +39,7 @@ from .connection import Shared
 from .constants import MAX_STRING
 from .export import Export
 from .poller import DEFAULT_MAX_NS
+from .tls import ServerTls
 
 log = logging.getLogger(__name__)
 
@@ -60,7 +61,7 @@ class NbdServer:
     """Serves exports to clients on any number of listening sockets. Must be made inside a running event loop.
 
     ``max_connections``: clients at one time, 0 for no limit. ``handshake_seconds``: the time to choose an export, 0 for no
-    limit. ``poll_max_ns``: see `poller`; 0 turns polling off. ``limits``: see `buffers`.
+    limit. ``poll_max_ns``: see `poller`; 0 turns polling off. ``limits``: see `buffers`. ``tls``: required of every client.
     """
 
     def __init__(
@@ -70,12 +71,14 @@ class NbdServer:
         handshake_seconds: float = 10,
         poll_max_ns: int = DEFAULT_MAX_NS,
         limits: Limits | None = None,
+        tls: ServerTls | None = None,
         on_clients_changed: Callable[[Export, int], None] | None = None,
     ) -> None:
         self._loop = asyncio.get_running_loop()
         self._shared = Shared(self._loop, Budget(limits or Limits()), poll_max_ns)
         self._max_connections = max_connections
         self._handshake_seconds = handshake_seconds
+        self._tls = tls
         self._on_clients_changed = on_clients_changed
         self._exports: dict[str, Export] = {}
         self._clients: dict[Client, None] = {}
@@ -261,7 +264,9 @@ class NbdServer:
             self._loop.call_later(1.0, self._accept_again, listener)
             return
         _tune(sock)
-        client = Client(self._shared, self, sock, self._handshake_seconds, self._client_changed, self._client_gone)
+        client = Client(
+            self._shared, self, sock, self._handshake_seconds, self._tls, self._client_changed, self._client_gone
+        )
         if client.connected:
             self._clients[client] = None
             self._update_accepting()
