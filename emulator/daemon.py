@@ -59,16 +59,20 @@ from livedisk.emulator.qmp.qapi import UNSET
 from livedisk.emulator.qmp.registry import registry
 from livedisk.emulator.qmp.server import Device, open_chardev
 from livedisk.emulator.qmp.visit import JSON, Syntax, visit
+from livedisk.emulator.tls import authz, credentials
+from livedisk.nbd.client_connection import Secure
 
 log = logging.getLogger(__name__)
 
 COMMANDS = (
+    authz,
     bitmap_commands,
     block_commands,
     block_commands_internal,
     block_commands_snapshot,
     blockdev,
     control,
+    credentials,
     device_commands,
     drivers,
     export_commands,
@@ -102,9 +106,10 @@ class Daemon:
         self.objects = Objects()
         self.run_state = RunState(self.events.emit, self._flush_all, state)
         self.devices = DeviceTree(self.graph, self.run_state, self.events.emit, self._is_iothread)
-        self.exports = BlockExports(self.graph, self.devices, self.events.emit, self._is_iothread)
+        self.exports = BlockExports(self.graph, self.devices, self.events.emit, self._is_iothread, self.objects)
         self.graph.parse_options = self.parse_options
         throttle_commands.connect(self.graph.throttle_groups, self.objects)
+        self.graph.client_tls = self._client_tls
         self.graph.on_corruption.append(self._announce_corruption)
         self.extensions: dict[type, Extension] = {}
         self._dispatcher = Dispatcher()
@@ -129,7 +134,7 @@ class Daemon:
         """Open a character device; with ``wait=on`` returns when its first client is there. Raises LiveDiskError."""
         if options.id in self._chardevs:
             raise ParameterError(f"Duplicate ID '{options.id}' for chardev")
-        self._chardevs[options.id] = await open_chardev(options, info=log.info)
+        self._chardevs[options.id] = await open_chardev(options, info=log.info, objects=self.objects)
 
     def has_chardev(self, name: str) -> bool:
         """Whether there is a character device of that id."""
@@ -196,6 +201,9 @@ class Daemon:
             top = not node.parents or any(not isinstance(edge.parent, Node) for edge in node.parents)
             if top and not node.read_only:
                 await node.flush()
+
+    def _client_tls(self, creds: str, hostname: str | None) -> Secure:
+        return credentials.client_tls(self.objects, creds, hostname).secure
 
     def _is_iothread(self, name: str) -> bool:
         return self.objects.find(name, Iothread) is not None

@@ -202,7 +202,7 @@ class Client:
         try:
             want = stream.handshake()
             if want is Want.NOTHING and self._tls.admit is not None:
-                self._tls.admit(stream)
+                self._tls.admit(stream.peer_certificate())
         except OSError as error:
             log.info("client %s: TLS handshake failed: %s", self.peer, reason_of(error))
             self.close()

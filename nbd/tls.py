@@ -245,11 +245,12 @@ def reason_of(error: OSError) -> str:
 class ServerTls:
     """What a server needs for TLS, which it then requires of every client.
 
-    ``admit`` looks at a client whose handshake succeeded and raises PermissionError to turn it away.
+    ``admit`` is given the certificate (DER; None where it sent none) of a client whose handshake succeeded, and raises
+    PermissionError to turn it away.
     """
 
     context: ssl.SSLContext
-    admit: Callable[[TlsStream], None] | None = None
+    admit: Callable[[bytes | None], None] | None = None
 
 
 @dataclass(frozen=True, slots=True)

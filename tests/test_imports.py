@@ -23,7 +23,7 @@ LAYERS: Final = (
     ("nbd",),
     ("emulator.errors",),
     ("emulator.block",),
-    ("emulator.drivers", "emulator.device", "emulator.exports", "emulator.qmp"),
+    ("emulator.drivers", "emulator.device", "emulator.exports", "emulator.qmp", "emulator.tls"),
     ("emulator.daemon",),
     ("emulator.cli",),
     ("jobs",),

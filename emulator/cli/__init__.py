@@ -1,4 +1,4 @@
-"""The commands that a person types: ``livedisk serve``, ``daemon``, ``img`` and ``qmp``.
+"""The commands that a person types: ``livedisk serve``, ``daemon``, ``img``, ``qmp`` and ``tls``.
 
 `main` only finds the command and imports its module, so that a daemon does not wait for what an interactive shell
 needs. A command is called with ``args`` and ``prog_name`` and returns its exit code, or exits (as click's do).
@@ -19,6 +19,7 @@ COMMANDS = {
         "graph",
         "draw the nodes, devices, exports and jobs: text, svg, dot, json",
     ),
+    "tls": ("livedisk.emulator.cli.tls", "tls", "make certificates for NBD over TLS"),
     "qmp": ("livedisk.emulator.cli.qmp", "qmp", "talk to a QMP socket: one command, or a shell"),
 }
 """By name: the module, the command in it, and a line for the help."""

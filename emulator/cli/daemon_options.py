@@ -28,7 +28,7 @@ TABLE: tuple[Option, ...] = (
         "TYPE,id=ID[,PROPERTY=VALUE...]",
         BUILD,
         0,
-        "Make an object that others refer to: iothread, secret. 'help' lists the types.",
+        "Make an object that others refer to: iothread, secret, tls-creds-x509, authz-list and others. 'help' lists the types.",
     ),
     _option(
         "blockdev",
@@ -41,10 +41,11 @@ TABLE: tuple[Option, ...] = (
     ),
     _option(
         "nbd-server",
-        "addr.type=unix,addr.path=PATH | addr.type=inet,addr.host=HOST,addr.port=PORT[,max-connections=N]",
+        "addr.type=unix,addr.path=PATH | addr.type=inet,addr.host=HOST,addr.port=PORT[,max-connections=N]"
+        "[,tls-creds=ID[,tls-authz=ID]]",
         BUILD,
         3,
-        "Start the NBD server.",
+        "Start the NBD server. With tls-creds it requires TLS of every client.",
     ),
     _option(
         "device",

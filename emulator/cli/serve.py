@@ -61,6 +61,9 @@ Exit status:
 @click.option("--bind", default="localhost", show_default=True, metavar="ADDR", help="Where --port listens.")
 @click.option("--read-only", is_flag=True, help="Refuse writes.")
 @click.option("--snapshot", is_flag=True, help="Let writes go to a temporary overlay that is dropped in the end.")
+@click.option(
+    "--tls", type=click.Path(), metavar="DIR", help="Require TLS, with the certificates of 'livedisk tls init DIR'."
+)
 @click.option("--qmp", type=click.Path(), metavar="PATH", help="Take QMP commands on a Unix socket at PATH.")
 def serve(
     image: str,
@@ -70,6 +73,7 @@ def serve(
     bind: str,
     read_only: bool,
     snapshot: bool,
+    tls: str | None,
     qmp: str | None,
 ) -> None:
     if path is not None and port is not None:
@@ -84,7 +88,7 @@ def serve(
             address: dict[str, Any] = {"type": "inet", "host": bind, "port": str(port)}
         else:
             address = {"type": "unix", "path": os.path.abspath(path or Path(scratch, "nbd.sock"))}
-        order = _Order(image, fmt, address, read_only=read_only, snapshot=snapshot, qmp=qmp, scratch=scratch)
+        order = _Order(image, fmt, address, read_only=read_only, snapshot=snapshot, tls=tls, qmp=qmp, scratch=scratch)
         code = run_loop(order.run)
     raise SystemExit(code)
 
@@ -100,6 +104,7 @@ class _Order:
         *,
         read_only: bool,
         snapshot: bool,
+        tls: str | None,
         qmp: str | None,
         scratch: str,
     ) -> None:
@@ -116,6 +121,7 @@ class _Order:
         self._address = address
         self._read_only = read_only
         self._snapshot = snapshot
+        self._tls = tls
         self._qmp = qmp
         self._scratch = scratch
         self._make = Daemon
@@ -133,7 +139,7 @@ class _Order:
                 raise _of_image(error, self._image) from error
             uri = await self._listen(daemon)
             daemon.start()
-            click.echo(_instructions(uri, self._headline(daemon), self._qmp))
+            click.echo(_instructions(uri, self._headline(daemon), self._attach(uri), self._qmp))
             await daemon.serve()
         except (LiveDiskError, OSError) as error:
             code = _failed(error)
@@ -183,17 +189,58 @@ class _Order:
         from livedisk.emulator.qmp.chardev import MonitorOptions, SocketChardev
         from livedisk.emulator.qmp.visit import JSON, visit
 
-        server_options = visit(NbdServerOptions, {"addr": self._address, "max-connections": 0}, JSON)
+        listening: dict[str, Any] = {"addr": self._address, "max-connections": 0}
+        if self._tls is not None:
+            from livedisk.emulator.tls.credentials import TlsCredsX509Options
+
+            listening["tls-creds"] = "tls"
+            creds = {"qom-type": "tls-creds-x509", "id": "tls", "dir": self._tls, "endpoint": "server"}
+            daemon.objects.add(visit(TlsCredsX509Options, creds, JSON))
+        server_options = visit(NbdServerOptions, listening, JSON)
         server = await daemon.exports.start_server(server_options)
         writable = not self._read_only
         await daemon.exports.add(NbdExportOptions(id="disk", node_name="disk", name="", writable=writable))
         if self._qmp is not None:
             await daemon.open_chardev(SocketChardev(id="qmp", path=self._qmp, server=True, wait=False))
             daemon.add_monitor(MonitorOptions(chardev="qmp", mode="control"))
+        return self._uri(server.addresses[0])
+
+    def _uri(self, address: Any) -> str:
+        scheme, query = "nbd", ""
+        if self._tls is not None:
+            scheme, query = "nbds", f"tls-certificates={quote(os.path.abspath(self._tls))}"
         if self._address["type"] == "unix":
-            return f"nbd+unix:///?socket={quote(self._address['path'])}"
-        host, port = server.addresses[0][:2]
-        return f"nbd://[{host}]:{port}" if ":" in host else f"nbd://{host}:{port}"
+            return f"{scheme}+unix:///?socket={quote(self._address['path'])}" + (f"&{query}" if query else "")
+        host, port = address[:2]
+        place = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+        return f"{scheme}://{place}" + (f"/?{query}" if query else "")
+
+    def _attach(self, uri: str) -> list[str]:
+        """How to attach it, a line each."""
+        quoted = shlex.quote(uri)
+        lines = [f"    copy      nbdcopy {quoted} copy.raw"]
+        if self._tls is None:
+            return [
+                *lines,
+                f"    machine   qemu-system-x86_64 ... -drive file={quoted},format=raw,if=virtio",
+                f"    host      sudo modprobe nbd && sudo qemu-nbd -f raw -c /dev/nbd0 {quoted}",
+            ]
+        creds = shlex.quote(
+            f"tls-creds-x509,id=tls0,dir={os.path.abspath(self._tls).replace(',', ',,')},endpoint=client"
+        )
+        if self._address["type"] == "unix":
+            node = f"driver=nbd,server.type=unix,server.path={self._address['path']},tls-hostname=localhost"
+        else:
+            host, _, port = uri.partition("://")[2].partition("/")[0].rpartition(":")
+            node = f"driver=nbd,server.type=inet,server.host={host.strip('[]')},server.port={port}"
+        node += ",tls-creds=tls0"
+        return [
+            *lines,
+            f"    machine   qemu-system-x86_64 ... -object {creds} \\",
+            f"                  -blockdev {shlex.quote(f'{node},node-name=d')} -device virtio-blk-pci,drive=d",
+            f"    host      sudo modprobe nbd && sudo qemu-nbd --object {creds} \\",
+            f"                  --image-opts -c /dev/nbd0 {shlex.quote(node)}",
+        ]
 
     def _headline(self, daemon: Daemon) -> str:
         how = ", read-only" if self._read_only else ", writes are dropped in the end" if self._snapshot else ""
@@ -222,16 +269,13 @@ def choose_format(path: str) -> str:
     return "qcow2"
 
 
-def _instructions(uri: str, headline: str, qmp: str | None) -> str:
-    quoted = shlex.quote(uri)
+def _instructions(uri: str, headline: str, attach: list[str], qmp: str | None) -> str:
     lines = [
         f"Serving {headline}:",
         "",
         f"    {uri}",
         "",
-        f"    copy      nbdcopy {quoted} copy.raw",
-        f"    machine   qemu-system-x86_64 ... -drive file={quoted},format=raw,if=virtio",
-        f"    host      sudo modprobe nbd && sudo qemu-nbd -f raw -c /dev/nbd0 {quoted}",
+        *attach,
     ]
     if qmp is not None:
         lines.append(f"    control   livedisk qmp {shlex.quote(qmp)}")

@@ -38,11 +38,13 @@ from livedisk.emulator.exports.options import (
     RemoveMode,
 )
 from livedisk.emulator.qmp.events import event
+from livedisk.emulator.qmp.object_commands import Objects
 from livedisk.emulator.qmp.qapi import QapiStruct
 from livedisk.nbd.export import Export
 
 if TYPE_CHECKING:
     from livedisk.nbd.server import NbdServer
+    from livedisk.nbd.tls import ServerTls
 
 log = logging.getLogger(__name__)
 
@@ -76,7 +78,8 @@ class _Record:
 class BlockExports:
     """Every export of one daemon.
 
-    ``emit``: sends an event. ``known_iothread``: whether an iothread object of that name exists.
+    ``emit``: sends an event. ``known_iothread``: whether an iothread object of that name exists. ``objects``: where TLS
+    credentials are found.
     """
 
     def __init__(
@@ -85,7 +88,9 @@ class BlockExports:
         devices: DeviceTree,
         emit: Callable[[msgspec.Struct], None],
         known_iothread: Callable[[str], bool],
+        objects: Objects,
     ) -> None:
+        self._objects = objects
         self._graph = graph
         self._devices = devices
         self._emit = emit
@@ -101,15 +106,13 @@ class BlockExports:
         """Listen. Raises `ExportError` or `ListenError` in QEMU's words."""
         if self.server is not None:
             raise ExportError("NBD server already running")
-        if isinstance(options.tls_creds, str):
-            raise ExportError(f"No TLS credentials with id '{options.tls_creds}'")
-        if isinstance(options.tls_authz, str):
-            # QEMU takes this and checks nobody; a rule that is not applied is worse than none.
-            raise ExportError("Parameter 'tls-authz' needs 'tls-creds'")
+        tls = self._tls(options)
         # Imported here: many daemons are started to be controlled long before they serve, and start-up counts.
         from livedisk.nbd.server import NbdServer
 
-        server = NbdServer(max_connections=options.max_connections, handshake_seconds=options.handshake_max_seconds)
+        server = NbdServer(
+            max_connections=options.max_connections, handshake_seconds=options.handshake_max_seconds, tls=tls
+        )
         address = options.addr if isinstance(options, NbdServerOptions) else options.addr.data
         try:
             await listen(server, address)
@@ -119,6 +122,18 @@ class BlockExports:
         self.server = server
         self._max_connections = options.max_connections
         return server
+
+    def _tls(self, options: NbdServerOptions | NbdServerStart) -> ServerTls | None:
+        authz = options.tls_authz if isinstance(options.tls_authz, str) else None
+        if not isinstance(options.tls_creds, str):
+            if authz is not None:
+                # QEMU takes this and checks nobody; a rule that is not applied is worse than none.
+                raise ExportError("Parameter 'tls-authz' needs 'tls-creds'")
+            return None
+        # Imported here: few servers have TLS, and start-up counts.
+        from livedisk.emulator.tls.credentials import server_tls
+
+        return server_tls(self._objects, options.tls_creds, authz)
 
     async def stop_server(self) -> None:
         """nbd-server-stop: disconnect everybody and end every export. Raises `ExportError` if there is no server."""

@@ -57,6 +57,10 @@ class SocketChardev(ChardevBase):
     """An abstract address is as long as its name, not padded with zeroes."""
     reconnect: int | None = None
     reconnect_ms: int | None = None
+    tls_creds: str | None = None
+    """Credentials (``emulator/tls``) of a TCP socket that speaks TLS from the first byte."""
+    tls_authz: str | None = None
+    """Rules for clients' certificates."""
 
 
 class StdioChardev(ChardevBase):
@@ -145,6 +149,7 @@ def _validate(options: SocketChardev) -> None:
     if options.path is None and options.host is None:
         _descriptor(options)
     _validate_role(options)
+    _validate_tls(options)
     if options.reconnect is not None and options.reconnect_ms is not None:
         raise ParameterError("'reconnect' and 'reconnect-ms' are mutually exclusive")
 
@@ -164,6 +169,16 @@ def _validate_role(options: SocketChardev) -> None:
             raise ParameterError(f"'{name}' option is incompatible with socket in server listen mode")
     elif options.wait is not None:
         raise ParameterError("'wait' option is incompatible with socket in client connect mode")
+
+
+def _validate_tls(options: SocketChardev) -> None:
+    if options.tls_creds is not None and options.host is None:
+        kind = "unix" if options.path is not None else "fd"
+        raise ParameterError(f"'tls_creds' option is incompatible with '{kind}' address type")
+    if options.tls_authz is not None and options.tls_creds is None:
+        raise ParameterError("'tls_authz' option requires 'tls_creds' option")
+    if options.tls_authz is not None and not options.server:
+        raise ParameterError("'tls_authz' option needs server=on: only a server checks who comes")
 
 
 class MonitorOptions(QapiStruct):

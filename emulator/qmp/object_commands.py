@@ -3,6 +3,7 @@
     iothread   what ``iothread=`` of a device or an export names. All I/O of livedisk runs in one event loop, so an
                iothread is a name for that loop; its polling options are kept, and the log says that they do nothing
     secret     data that must not stand on a command line, for those who encrypt; ``file`` is read when it is made
+    tls-creds-x509, tls-creds-psk, authz-simple, authz-list, authz-list-file: see ``emulator/tls``
 
 Another part, or another package, adds types with `object_type`. Source: QEMU ``qapi/qom.json``,
 ``qom/object_interfaces.c``, ``crypto/secret_common.c``; messages asked from QEMU 10.0.2.
@@ -20,7 +21,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import msgspec
 
@@ -47,6 +48,14 @@ M = TypeVar("M", bound=Make)
 T = TypeVar("T")
 OBJECT_TYPES: dict[str, tuple[type[ObjectOptions], Make]] = {}
 """By type: its options, and what makes the object of them."""
+
+
+@runtime_checkable
+class Completed(Protocol):
+    """An object that has more to do once it was made, and others can be found (QEMU's UserCreatable)."""
+
+    def complete(self, objects: Objects) -> None:
+        """May raise LiveDiskError to refuse; then there is no such object."""
 
 
 def object_type(name: str, options: type[ObjectOptions]) -> Callable[[M], M]:
@@ -90,6 +99,10 @@ class Objects:
         found = self._objects.get(name)
         return found if isinstance(found, kind) else None
 
+    def find_any(self, name: str) -> Any:
+        """The object of that id, of whatever class, or None."""
+        return self._objects.get(name)
+
     def all(self, kind: type[T]) -> list[T]:
         """The objects of a class, oldest first."""
         return [thing for thing in self._objects.values() if isinstance(thing, kind)]
@@ -103,6 +116,8 @@ class Objects:
             check(made)
         if options.id in self._objects:
             raise LiveDiskError(f"attempt to add duplicate property '{options.id}' to object (type 'container')")
+        if isinstance(made, Completed):
+            made.complete(self)
         self._objects[options.id] = made
 
     def delete(self, name: str) -> None:

@@ -28,12 +28,16 @@ from livedisk.emulator.errors import LiveDiskError
 from livedisk.emulator.qmp import yank
 from livedisk.emulator.qmp.chardev import Chardev, NullChardev, SocketChardev, StdioChardev
 from livedisk.emulator.qmp.monitor import Frontend
+from livedisk.emulator.qmp.object_commands import Objects
+from livedisk.nbd.tls import ClientTls, ServerTls, reason_of
 
 log = logging.getLogger(__name__)
 
 CHUNK: Final = 64 << 10
 UNREAD_LIMIT: Final = 16 << 20
 """Bytes written but not read by the peer at which the connection is given up."""
+_TLS_SECONDS: Final = 10.0
+"""Time for the TLS handshake; the next client waits meanwhile."""
 
 Info = Callable[[str], None]
 
@@ -50,13 +54,14 @@ class Device(Protocol):
         """Hang up, and free the address."""
 
 
-async def open_chardev(options: Chardev, info: Info = lambda message: None) -> Device:
-    """Open what the options describe. ``info`` is told that start-up waits for a client.
+async def open_chardev(options: Chardev, info: Info = lambda message: None, objects: Objects | None = None) -> Device:
+    """Open what the options describe. ``info`` is told that start-up waits for a client; TLS credentials are among
+    ``objects``.
 
     Raises LiveDiskError in QEMU's words where the address cannot be used.
     """
     if isinstance(options, SocketChardev):
-        device = SocketDevice(options)
+        device = SocketDevice(options, _tls(options, objects or Objects()))
         try:
             await device.open(info)
         except BaseException:
@@ -70,6 +75,17 @@ async def open_chardev(options: Chardev, info: Info = lambda message: None) -> D
 
         return StdioDevice(options)
     return NullDevice(options)
+
+
+def _tls(options: SocketChardev, objects: Objects) -> ServerTls | ClientTls | None:
+    if options.tls_creds is None:
+        return None
+    # Imported here: monitors are mostly Unix sockets.
+    from livedisk.emulator.tls.credentials import client_tls, server_tls
+
+    if options.server:
+        return server_tls(objects, options.tls_creds, options.tls_authz)
+    return client_tls(objects, options.tls_creds, options.host)
 
 
 class NullDevice:
@@ -92,7 +108,8 @@ class Connection(asyncio.Protocol):
     frontend being there.
     """
 
-    def __init__(self, frontend: Frontend | None) -> None:
+    def __init__(self, frontend: Frontend | None, tls: ServerTls | ClientTls | None = None) -> None:
+        self._admit = tls.admit if isinstance(tls, ServerTls) else None
         self.closed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._frontend = frontend
         self._transport: asyncio.Transport | None = None
@@ -106,6 +123,15 @@ class Connection(asyncio.Protocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         # A cast, not an assertion: uvloop's transports do not derive from asyncio's.
         self._transport = cast(asyncio.Transport, transport)
+        if self._admit is not None:
+            try:
+                self._admit(transport.get_extra_info("ssl_object").getpeercert(binary_form=True))
+            except PermissionError as error:
+                log.warning("a monitor's client is turned away: %s", error)
+                # Nothing was said, and nothing will be heard: the frontend never knew of it.
+                self._frontend = None
+                self._transport.abort()
+                return
         self._update()
         if self._frontend is not None:
             self._frontend.opened(self)
@@ -177,8 +203,9 @@ class Connection(asyncio.Protocol):
 class SocketDevice:
     """A ``socket`` character device in either role."""
 
-    def __init__(self, options: SocketChardev) -> None:
+    def __init__(self, options: SocketChardev, tls: ServerTls | ClientTls | None = None) -> None:
         self.label = options.id
+        self._tls = tls
         self._options = options
         self._frontend: Frontend | None = None
         self._connection: Connection | None = None
@@ -275,18 +302,36 @@ class SocketDevice:
         client.setblocking(False)
         if client.family != socket.AF_UNIX:
             client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, int(self._options.nodelay))
-        self._connection = connection = Connection(self._frontend)
+        self._connection = connection = Connection(self._frontend, self._tls)
         try:
-            await asyncio.get_running_loop().connect_accepted_socket(lambda: connection, client)
+            await self._wrap(connection, client)
         except OSError as error:
-            # The peer went while we accepted it.
-            log.info("chardev %s: %s", self.label, error)
+            # The peer went while we accepted it, or TLS did not come about.
+            log.info("chardev %s: %s", self.label, reason_of(error))
             client.close()
             self._connection = None
             return
         self._connected.set()
         await asyncio.shield(connection.closed)
         self._connection = None
+
+    async def _wrap(self, connection: Connection, client: socket.socket) -> None:
+        """Let ``connection`` speak on the socket, through TLS if that is wanted."""
+        loop, tls = asyncio.get_running_loop(), self._tls
+        if tls is None:
+            await loop.connect_accepted_socket(lambda: connection, client)
+        elif isinstance(tls, ServerTls):
+            await loop.connect_accepted_socket(
+                lambda: connection, client, ssl=tls.context, ssl_handshake_timeout=_TLS_SECONDS
+            )
+        else:
+            await loop.create_connection(
+                lambda: connection,
+                sock=client,
+                ssl=tls.context,
+                server_hostname=tls.hostname,
+                ssl_handshake_timeout=_TLS_SECONDS,
+            )
 
 
 # -- addresses

@@ -17,6 +17,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric.rsa import RSAPrivateKey, generate_private_key
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
+PAST, FUTURE = timedelta(minutes=-5), timedelta(days=2)
 HOSTS = ("localhost", "127.0.0.1", "::1")
 CLIENT_SUBJECT = (
     (NameOID.COUNTRY_NAME, "GB"),
@@ -34,10 +35,11 @@ def key(name: str) -> RSAPrivateKey:
     return generate_private_key(public_exponent=65537, key_size=2048)
 
 
-def private_pem(name: str) -> bytes:
-    return key(name).private_bytes(
-        serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
-    )
+def private_pem(name: str, *, password: bytes | None = None) -> bytes:
+    scheme: serialization.KeySerializationEncryption = serialization.NoEncryption()
+    if password is not None:
+        scheme = serialization.BestAvailableEncryption(password)
+    return key(name).private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, scheme)
 
 
 def subject(*parts: tuple[x509.ObjectIdentifier, str]) -> x509.Name:
@@ -53,8 +55,8 @@ def certificate(
     is_ca: bool = False,
     purpose: x509.ObjectIdentifier | None = None,
     hosts: Sequence[str] = (),
-    starts: timedelta = timedelta(minutes=-5),
-    ends: timedelta = timedelta(days=2),
+    starts: timedelta = PAST,
+    ends: timedelta = FUTURE,
 ) -> bytes:
     """A certificate of ``owner``'s key, signed by ``issuer``'s, as PEM. ``starts`` and ``ends`` count from now."""
     now = datetime.now(UTC)
@@ -108,14 +110,18 @@ def authority(name: str = "ca") -> bytes:
     return certificate(name, CA_NAME, issuer=name, is_ca=True)
 
 
-def server_certificate(*, hosts: Sequence[str] = HOSTS, issuer: str = "ca", **how: timedelta) -> bytes:
+def server_certificate(
+    *, hosts: Sequence[str] = HOSTS, issuer: str = "ca", starts: timedelta = PAST, ends: timedelta = FUTURE
+) -> bytes:
     name = subject((NameOID.COMMON_NAME, "server.example"))
-    return certificate("server", name, purpose=ExtendedKeyUsageOID.SERVER_AUTH, hosts=hosts, issuer=issuer, **how)
+    purpose = ExtendedKeyUsageOID.SERVER_AUTH
+    return certificate("server", name, purpose=purpose, hosts=hosts, issuer=issuer, starts=starts, ends=ends)
 
 
-def client_certificate(*, issuer: str = "ca", **how: timedelta) -> bytes:
+def client_certificate(*, issuer: str = "ca", starts: timedelta = PAST, ends: timedelta = FUTURE) -> bytes:
     name = subject(*CLIENT_SUBJECT)
-    return certificate("client", name, purpose=ExtendedKeyUsageOID.CLIENT_AUTH, issuer=issuer, **how)
+    purpose = ExtendedKeyUsageOID.CLIENT_AUTH
+    return certificate("client", name, purpose=purpose, issuer=issuer, starts=starts, ends=ends)
 
 
 def folder(path: Path, **files: bytes | None) -> Path:

@@ -23,6 +23,7 @@ from livedisk.emulator.device.runstate import RunState, State
 from livedisk.emulator.device.tree import DeviceTree
 from livedisk.emulator.device.virtio_blk import VirtioBlk
 from livedisk.emulator.exports.exports import BlockExports
+from livedisk.emulator.qmp.object_commands import Objects
 from livedisk.emulator.qmp.visit import JSON
 
 
@@ -109,7 +110,7 @@ class Bench:
         self.graph = Graph()
         self.run_state = RunState(self._emit, self._flush)
         self.devices = DeviceTree(self.graph, self.run_state, self._emit, iothreads.__contains__)
-        self.exports = BlockExports(self.graph, self.devices, self._emit, iothreads.__contains__)
+        self.exports = BlockExports(self.graph, self.devices, self._emit, iothreads.__contains__, Objects())
         if running:
             self.run_state.move(State.RUNNING)
 

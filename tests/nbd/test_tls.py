@@ -19,7 +19,7 @@ from kit.places import pattern
 from kit.raw_nbd import ACK, RawClient, go, opt
 from livedisk.nbd.client import NbdClient
 from livedisk.nbd.client_handshake import ClientHandshake, NegotiationFailed
-from livedisk.nbd.tls import ClientTls, ServerTls, TlsStream
+from livedisk.nbd.tls import ClientTls, ServerTls
 
 from .conftest import Served
 
@@ -32,7 +32,7 @@ def certs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return certificates.folder(tmp_path_factory.mktemp("tls") / "good")
 
 
-def server_tls(certs: Path, *, admit: Callable[[TlsStream], None] | None = None) -> ServerTls:
+def server_tls(certs: Path, *, admit: Callable[[bytes | None], None] | None = None) -> ServerTls:
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(certs / "server-cert.pem", certs / "server-key.pem")
     context.load_verify_locations(certs / "ca-cert.pem")
@@ -288,8 +288,8 @@ def test_the_server_refuses_bad_clients(secure: Served, certs: Path, tmp_path: P
 def test_admit_turns_away(serve: Callable[..., Served], certs: Path) -> None:
     seen: list[bytes | None] = []
 
-    def admit(stream: TlsStream) -> None:
-        seen.append(stream.peer_certificate())
+    def admit(certificate: bytes | None) -> None:
+        seen.append(certificate)
         raise PermissionError("not you")
 
     served = serve(tls=server_tls(certs, admit=admit))

@@ -166,6 +166,8 @@ OURS_ALONE = {
     # QEMU's is a union by format; ours takes the key only to say that encryption is missing.
     ("blockdev-add", "<qcow2>.encrypt"),
     ("blockdev-reopen", ".options[]<qcow2>.encrypt"),
+    # QEMU documents this name and knows neither it nor the schema's (authz-listfile).
+    ("object-add", "<authz-list-file>"),
 }
 
 
