@@ -5,10 +5,11 @@ from __future__ import annotations
 
 import enum
 import os
-from typing import Any
 
 from livedisk.emulator.block.driver import DRIVERS
+from livedisk.emulator.block.gate import image_options
 from livedisk.emulator.block.node import Node
+from livedisk.emulator.block.options import CacheOptions
 from livedisk.emulator.errors import BlockError
 from livedisk.emulator.qmp.context import Context
 from livedisk.emulator.qmp.filenames import filename
@@ -49,15 +50,12 @@ async def create_target(path: str, fmt: str, size: int, backing: Node | None) ->
 
 async def open_target(ctx: Context, path: str, fmt: str, name: str | UnsetType, source: Node) -> Node:
     """Open an image for writing, without its backing file, with the settings of ``source``. Raises BlockError or OSError."""
-    options: dict[str, Any] = {
-        "driver": fmt,
-        "file": {"driver": "file", "filename": path},
-        "discard": str(source.discard_mode),
-        "cache": {"direct": source.cache_direct, "no-flush": source.cache_no_flush},
-    }
-    if isinstance(name, str):
-        options["node-name"] = name
-    driver = DRIVERS.get(fmt)
-    if driver is not None and driver.supports_backing:
-        options["backing"] = None
-    return await ctx.daemon.graph.open(ctx.daemon.parse_options(options))
+    options = image_options(
+        source,
+        path,
+        fmt,
+        discard=source.discard_mode,
+        cache=CacheOptions(direct=source.cache_direct, no_flush=source.cache_no_flush),
+        node_name=name,
+    )
+    return await ctx.daemon.graph.open(options)

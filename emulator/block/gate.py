@@ -106,6 +106,25 @@ def protocol_options(node: Node, filename: str) -> BlockdevOptions:
     return make(driver=name, filename=path)
 
 
+def image_options(node: Node, filename: str, fmt: str, **generic: Any) -> BlockdevOptions:
+    """Options of an image of format ``fmt`` that a command gives by name, without its backing file; ``node`` is one of the same
+    graph. ``generic``: further options. Raises BlockError in QEMU's words."""
+    file = protocol_options(node, filename)
+    if driver_class(file.driver).is_format and filename.startswith("json:"):
+        if file.driver != fmt:
+            raise BlockError(f"'{filename}' is of format '{file.driver}', not '{fmt}'")
+        return msgspec.structs.replace(file, **generic)
+    cls = DRIVERS.get(fmt)
+    if cls is None or cls.internal:
+        raise BlockError(f"Unknown driver '{fmt}'")
+    if file.driver == fmt:
+        return msgspec.structs.replace(file, **generic)
+    if cls.supports_backing:
+        generic["backing"] = None
+    make: Callable[..., BlockdevOptions] = cls.Options
+    return make(driver=fmt, file=file, **generic)
+
+
 def _named_child(node: Node, cls: type[Driver], key: str, value: Any) -> Any:
     """A value that a file name gave: of a child, the options that its own file name means."""
     return protocol_options(node, value) if key in cls.filename_children else value
