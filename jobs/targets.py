@@ -7,7 +7,7 @@ import enum
 import os
 
 from livedisk.emulator.block.driver import DRIVERS
-from livedisk.emulator.block.gate import image_options
+from livedisk.emulator.block.gate import claimed_format, image_options, protocol_options
 from livedisk.emulator.block.node import Node
 from livedisk.emulator.block.options import CacheOptions
 from livedisk.emulator.errors import BlockError
@@ -46,6 +46,15 @@ async def create_target(path: str, fmt: str, size: int, backing: Node | None) ->
             raise BlockError("Error: Trying to create an image with the same filename as the backing file")
         options = CreateOptions(size=size, backing_file=name, backing_fmt=backing.options.driver)
     await create_file(path, options)
+
+
+async def existing_format(source: Node, path: str) -> str:
+    """The format of an existing target for which none was given: raw, if it looks like no other. QEMU believes what the content
+    claims, which a guest may have written. Raises BlockError or OSError."""
+    found = await claimed_format(source, protocol_options(source, path))
+    if found is not None:
+        raise BlockError(f"Parameter 'format' is missing: '{path}' looks like {found}, which is not believed")
+    return "raw"
 
 
 async def open_target(ctx: Context, path: str, fmt: str, name: str | UnsetType, source: Node) -> Node:

@@ -209,8 +209,8 @@ async def _open_named(node: Node, filename: str, fmt: str | None) -> Edge:
     return await node.graph.open_child(node, make(driver=cls.name, file=options), "backing", Role.COW)
 
 
-async def _check_raw(node: Node, options: BlockdevOptions, filename: str) -> None:
-    """Raise BlockError if a file without a recorded format looks like anything but raw data."""
+async def claimed_format(node: Node, options: BlockdevOptions) -> str | None:
+    """The format other than raw that the content of a protocol node claims; opened for the look as a backing file of ``node``."""
     look = await node.graph.open(
         msgspec.structs.replace(options, read_only=True, node_name=UNSET), parent=node, role=Role.COW
     )
@@ -219,7 +219,12 @@ async def _check_raw(node: Node, options: BlockdevOptions, filename: str) -> Non
         await look.read(0, memoryview(start))
     finally:
         await node.graph.release(look)
-    found = looks_like(bytes(start))
+    return looks_like(bytes(start))
+
+
+async def _check_raw(node: Node, options: BlockdevOptions, filename: str) -> None:
+    """Raise BlockError if a file without a recorded format looks like anything but raw data."""
+    found = await claimed_format(node, options)
     if found is not None:
         raise BlockError(
             f"the format of backing file '{filename}' is not recorded in the image, and its content looks like {found}",

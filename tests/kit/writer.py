@@ -45,16 +45,18 @@ class Writer(Process):
     """The client: random writes and zero-writes at ``depth`` on the ``size`` bytes of ``uri``, reads compared in
     between.
 
-    ``folder`` takes its log. It starts at once; `finish` ends it in order and returns what it did.
+    ``pause`` (seconds) makes it slower: fast as it is, no mirror catches up with it. ``folder`` takes its log. It
+    starts at once; `finish` ends it in order and returns what it did.
     """
 
     def __init__(
-        self, uri: str, size: int, folder: Path, *, depth: int = 8, seed: int = 1, name: str = "writer"
+        self, uri: str, size: int, folder: Path, *, depth: int = 8, seed: int = 1, pause: float = 0, name: str = "writer"
     ) -> None:
         self._history = folder / f"{name}.json"
         self.size = size
         program = str(Path(__file__).with_name("writer_child.py"))
-        arguments = [SYSTEM_PYTHON, "-I", program, uri, str(size), str(depth), str(seed), str(self._history)]
+        arguments = [SYSTEM_PYTHON, "-I", program, uri, str(size), str(depth), str(seed), str(pause)]
+        arguments.append(str(self._history))
         super().__init__(arguments, log=folder / f"{name}.log", stdin=subprocess.PIPE)
         self.wait_for_output("writing")
 
