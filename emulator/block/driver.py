@@ -339,6 +339,11 @@ class Driver(ABC):
         edge = self.node.filtered
         return edge.node.driver.cluster_size() if edge is not None else 0
 
+    def vm_state_offset(self) -> int:
+        """Where a machine's state would stand in the image, as an offset past the disk (bytes), or 0."""
+        edge = self.node.filtered
+        return edge.node.driver.vm_state_offset() if edge is not None else 0
+
     def specific_info(self) -> Mapping[str, Any] | None:
         """ImageInfo's format-specific member: ``{"type": ..., "data": {...}}``."""
         return None

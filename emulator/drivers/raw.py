@@ -84,6 +84,9 @@ class RawDriver(Driver):
     def debugger(self) -> Debugger | None:
         return self._edge.node.driver.debugger
 
+    def vm_state_offset(self) -> int:
+        return self._edge.node.driver.vm_state_offset()
+
     def cluster_size(self) -> int:
         return self._edge.node.driver.cluster_size()
 

@@ -311,6 +311,10 @@ class Qcow2(Driver):
     def cluster_size(self) -> int:
         return self.image.geometry.cluster_size
 
+    def vm_state_offset(self) -> int:
+        geometry = self.image.geometry
+        return geometry.l1_entries(self.size) << geometry.l2_span_bits
+
     def dirty_flag(self) -> bool:
         return self.image.header.dirty
 
