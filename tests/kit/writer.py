@@ -50,7 +50,15 @@ class Writer(Process):
     """
 
     def __init__(
-        self, uri: str, size: int, folder: Path, *, depth: int = 8, seed: int = 1, pause: float = 0, name: str = "writer"
+        self,
+        uri: str,
+        size: int,
+        folder: Path,
+        *,
+        depth: int = 8,
+        seed: int = 1,
+        pause: float = 0,
+        name: str = "writer",
     ) -> None:
         self._history = folder / f"{name}.json"
         self.size = size

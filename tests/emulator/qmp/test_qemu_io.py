@@ -174,7 +174,7 @@ SCRIPTS: dict[str, list[Step]] = {
 def printed(folder: Path) -> list[str]:
     """What the daemon printed, but for its log, and what getopt(3) and qemu-io say on standard error."""
     lines = (folder / "log").read_text().splitlines()
-    others = re.compile(r"livedisk: |bad argument count|.*: invalid option --|command \"")
+    others = re.compile(r"livedisk: |bad argument count|.*: invalid option --|command \"|unterminated string")
     return [line for line in lines if not others.match(line)]
 
 
