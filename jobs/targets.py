@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import enum
 import os
+import re
+from typing import Final
 
 from livedisk.emulator.block.driver import DRIVERS
 from livedisk.emulator.block.gate import claimed_format, image_options, protocol_options
@@ -14,6 +16,8 @@ from livedisk.emulator.errors import BlockError
 from livedisk.emulator.qmp.context import Context
 from livedisk.emulator.qmp.filenames import filename
 from livedisk.emulator.qmp.qapi import UnsetType
+
+_PROTOCOL: Final = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*):")
 
 
 class NewImageMode(enum.StrEnum):
@@ -28,9 +32,10 @@ async def create_target(path: str, fmt: str, size: int, backing: Node | None) ->
     driver = DRIVERS.get(fmt)
     if driver is None or driver.internal:
         raise BlockError(f"Unknown file format '{fmt}'")
-    if fmt == "raw":
+    path = host_path(path)
+    if fmt in ("raw", "file"):
         if backing is not None:
-            raise BlockError("Backing file not supported for file format 'raw'")
+            raise BlockError(f"Backing file not supported for file format '{fmt}'")
         with open(path, "wb") as file:
             os.truncate(file.fileno(), size)
         return
@@ -55,6 +60,19 @@ async def existing_format(source: Node, path: str) -> str:
     if found is not None:
         raise BlockError(f"Parameter 'format' is missing: '{path}' looks like {found}, which is not believed")
     return "raw"
+
+
+def host_path(name: str) -> str:
+    """The path of a file to be made. Raises BlockError if ``name`` is not that of a file on this host."""
+    protocol = _PROTOCOL.match(name)
+    if protocol is None:
+        return name
+    if protocol.group(1) != "file":
+        known = DRIVERS.get(protocol.group(1))
+        if known is None:
+            raise BlockError(f"Unknown protocol '{protocol.group(1)}'")
+        raise BlockError(f"Protocol driver '{known.name}' does not support image creation")
+    return name[len("file:") :]
 
 
 async def open_target(ctx: Context, path: str, fmt: str, name: str | UnsetType, source: Node) -> Node:
