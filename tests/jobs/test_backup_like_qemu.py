@@ -166,6 +166,7 @@ SCRIPTS: dict[str, list[Step]] = {
     "two at once, grouped": [several(one(), two(), **GROUPED), "null@j", "null@k"],
     "two at once, one cancelled": [
         several(one(speed=SLOW), two(), **GROUPED),
+        "waiting@k",
         c("job-cancel", id="j"),
         "null@j",
         "null@k",
