@@ -160,7 +160,7 @@ SCRIPTS: dict[str, list[Step]] = {
         backup(on_source_error="x"),
         c("blockdev-backup", device="b", target="t", sync="full"),
         backup(),
-        "null",
+        "pending",
     ],
     "two at once": [several(one(), two()), "null@j", "null@k"],
     "two at once, grouped": [several(one(), two(), **GROUPED), "null@j", "null@k"],

@@ -93,9 +93,9 @@ class History:
         end = max([last, *(w.acknowledged for w in self.writes)]) + 1
         self.check_moment(image, end, end)
 
-    def check_moment(self, image: bytes, before: int, after: int) -> None:
+    def check_moment(self, image: bytes, before: int, after: int) -> tuple[int, int]:
         """``image`` is the state at one moment between the times ``before`` and ``after``. Raises
-        `AssertionError`."""
+        `AssertionError`. Returns when that was: not before the one time, not after the other."""
         if len(image) != self.size:
             raise AssertionError(f"the image has {len(image)} bytes, not {self.size}")
         latest_included = (0, -1)
@@ -117,6 +117,7 @@ class History:
                 f"not one moment: block {latest_included[1]} has a write that was issued at {latest_included[0]}, "
                 f"block {earliest_excluded[1]} lacks one that was acknowledged at {earliest_excluded[0]}"
             )
+        return latest_included[0], earliest_excluded[0]
 
     def _explain(self, block: int, found: int, before: int, after: int) -> str:
         writes = "".join(
