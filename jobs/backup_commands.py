@@ -4,8 +4,8 @@ Both are actions of a transaction; the commands are transactions of one. The sou
 end of the transaction: several disks are backed up as they are at one instant. With completion-mode *grouped* the jobs of a
 transaction succeed or fail together. Jobs start when everything could be prepared, the last action's first, as in QEMU.
 
-Ours alone: ``on-cbw-error`` (QEMU 10.1 has it, too, and lets the guest's write fail by default) and ``cbw-timeout``. A target
-of drive-backup that exists must have its ``format`` given: QEMU would probe it.
+Ours alone: ``on-cbw-error`` (QEMU 10.1 has it, too, and lets the guest's write fail by default) and ``cbw-timeout``. The
+format of an existing target of drive-backup is not believed from its content, as QEMU believes it.
 
 Source: QEMU ``qapi/block-core.json`` (BackupCommon, DriveBackup, BlockdevBackup), ``blockdev.c`` (do_backup_common,
 drive_backup_action, blockdev_backup_action); every message was asked from QEMU 10.0.2.
@@ -13,15 +13,16 @@ drive_backup_action, blockdev_backup_action); every message was asked from QEMU 
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated
 
 import msgspec
 
 from livedisk.emulator.block.bitmaps import DirtyBitmap
 from livedisk.emulator.block.blockers import Operation, check_not_busy
 from livedisk.emulator.block.driver import DRIVERS, Driver
-from livedisk.emulator.block.gate import protocol_options
+from livedisk.emulator.block.gate import image_options
 from livedisk.emulator.block.node import Node
+from livedisk.emulator.block.options import CacheOptions
 from livedisk.emulator.block.permissions import Role
 from livedisk.emulator.block.types import DetectZeroes, Discard
 from livedisk.emulator.device.policy import OnError
@@ -36,7 +37,7 @@ from livedisk.jobs.backup import BackupJob, BitmapMode, Plan
 from livedisk.jobs.filters import skip_filters
 from livedisk.jobs.job import Group
 from livedisk.jobs.mirror import Sync
-from livedisk.jobs.targets import NewImageMode, create_target
+from livedisk.jobs.targets import NewImageMode, create_target, existing_format
 
 MAX_WORKERS = (1 << 31) - 1
 
@@ -112,9 +113,7 @@ async def prepare_drive_backup(ctx: Context, args: DriveBackup, run: Run) -> Non
     existing = args.mode is NewImageMode.EXISTING
     fmt = args.format
     if not isinstance(fmt, str):
-        if existing:
-            raise BlockError("Parameter 'format' is missing: the format of an existing target is not guessed")
-        fmt = source.options.driver
+        fmt = await existing_format(source, args.target) if existing else source.options.driver
     check_not_busy(source, Operation.BACK_UP)
     await run.drain(source)
     image = skip_filters(source)
@@ -132,28 +131,21 @@ async def prepare_drive_backup(ctx: Context, args: DriveBackup, run: Run) -> Non
 async def _open_target(ctx: Context, path: str, fmt: str, source: Node, *, over: Node | None) -> Node:
     """Open an image for writing, ``over`` a node or with the backing file that its header names. Raises BlockError or OSError."""
     graph = ctx.daemon.graph
-    driver = DRIVERS.get(fmt)
-    if driver is None or driver.internal:
-        raise BlockError(f"Unknown driver '{fmt}'")
-    file = protocol_options(source, path)
-    options: dict[str, Any] = {
-        "driver": fmt,
-        "discard": str(Discard.UNMAP),
-        "detect-zeroes": str(DetectZeroes.UNMAP),
-        "cache": {"direct": source.cache_direct, "no-flush": source.cache_no_flush},
-    }
-    changes: dict[str, Any] = {}
-    if driver.is_format:
-        options["file"] = {"driver": "null-co"}  # in the place of the real one, which is typed already
-        changes["file"] = file
-    else:
-        options["filename"] = getattr(file, "filename", path)
-    if over is not None and driver.supports_backing:
-        options["backing"] = None
-    target = await graph.open(msgspec.structs.replace(ctx.daemon.parse_options(options), **changes))
+    options = image_options(
+        source,
+        path,
+        fmt,
+        discard=Discard.UNMAP,
+        detect_zeroes=DetectZeroes.UNMAP,
+        cache=CacheOptions(direct=source.cache_direct, no_flush=source.cache_no_flush),
+    )
+    can_stand = DRIVERS[options.driver].supports_backing
+    if over is None and can_stand:
+        options = msgspec.structs.replace(options, backing=UNSET)
+    target = await graph.open(options)
     if over is not None:
         try:
-            if not target.driver.supports_backing:
+            if not can_stand:
                 raise BlockError(f"Driver '{fmt}' of node '{target.name}' does not support backing files")
             graph.attach_child(target, over, "backing", Role.COW)
         except BaseException:

@@ -142,6 +142,7 @@ def test_top_copies_what_the_topmost_image_holds(setup: Setup, tmp_path: Path) -
     assert [Path(one["filename"]).stem for one in info(setup.path("t"), "--backing-chain")] == ["t", "base"]
 
 
+@pytest.mark.slow
 def test_none_keeps_what_guests_overwrite(setup: Setup, tmp_path: Path) -> None:
     """Image fleecing: the target, over the disk, is exported while the filter works."""
     setup.target("t", backing=None, options=SMALL)
