@@ -42,7 +42,7 @@ from livedisk.jobs.copy import copy_range
 from livedisk.jobs.filters import insert_filter, remove_filter, skip_filters
 from livedisk.jobs.mirror import ActiveCommit, check_root
 from livedisk.jobs.states import JobType, Status
-from livedisk.jobs.sweep import Sweep
+from livedisk.jobs.sweep import Ignored, Sweep
 
 
 class CommitOptions(QapiStruct, kw_only=True):
@@ -114,7 +114,7 @@ class CommitJob(BlockJob):
         if self._base.size < self.total:
             async with self.drained(self._base):
                 await self._writer.truncate(self.total, exact=False)
-        self._sweep = Sweep(self, self._options.on_error, self._look, self._copy)
+        self._sweep = Sweep(self, self._options.on_error, self._look, self._copy, Ignored.TRIED_AGAIN)
         await self._sweep.run(self.total)
         if not self.cancelled:
             await self._hide_what_lies_behind()

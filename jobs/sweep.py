@@ -1,12 +1,13 @@
 """One pass over an image from its start to its end: what stream and commit have in common.
 
 Piece by piece the job is asked how far a run goes and whether it is to be copied (`look`); what is, is copied in `Lanes`, several
-pieces at once. A piece that failed is answered by the job's policy: *stop* keeps it for when the job goes on, *ignore* counts
-it as done and lets the job fail at its end, *report* ends the pass.
+pieces at once. A piece that failed is answered by the job's policy: *stop* keeps it for when the job goes on, *report* ends the
+pass, *ignore* does what the job says with `Ignored`, as QEMU's jobs do.
 """
 
 from __future__ import annotations
 
+import enum
 from collections.abc import Awaitable, Callable
 from typing import Final
 
@@ -17,6 +18,19 @@ from livedisk.jobs.copy import OPERATION, STEP, CopyFailed, Lanes, Side
 LIMITED_STEP: Final = 512 << 10
 """Bytes a piece under a speed limit (QEMU's STREAM_CHUNK, COMMIT_BUFFER_SIZE)."""
 
+RETRY_AFTER: Final = 0.1
+"""Seconds before a piece that failed, and whose error is ignored, is tried again."""
+
+
+class Ignored(enum.Enum):
+    """What becomes of a piece whose error is ignored."""
+
+    LEFT_OUT = enum.auto()
+    """It counts as done, and the job fails at its end (stream)."""
+    TRIED_AGAIN = enum.auto()
+    """The job goes on until it can be copied (commit)."""
+
+
 Look = Callable[[int, int], Awaitable[tuple[int, bool]]]
 Move = Callable[[int, int], Awaitable[None]]
 
@@ -25,12 +39,16 @@ class Sweep:
     """A pass of ``job``. ``look(offset, length)``: the length of the run there, and whether to copy it; raises OSError.
     ``move(offset, length)``: copy it; raises CopyFailed, or OSError, which counts as a failed read."""
 
-    def __init__(self, job: BlockJob, policy: OnError, look: Look, move: Move) -> None:
+    def __init__(
+        self, job: BlockJob, policy: OnError, look: Look, move: Move, ignored: Ignored = Ignored.LEFT_OUT
+    ) -> None:
         self.lanes = Lanes()
         self._job = job
         self._policy = policy
         self._look = look
         self._move = move
+        self._ignored = ignored
+        self._wait = False
         self._again: list[tuple[int, int]] = []
         self._failure: OSError | None = None
         self._given_up = False
@@ -43,7 +61,10 @@ class Sweep:
             await job.keep_speed()
             if job.cancelled or self._given_up:
                 break
-            if self._again:
+            if self._wait:
+                self._wait = False
+                await job.sleep(RETRY_AFTER)
+            elif self._again:
                 await self._launch(*self._again.pop())
             elif offset < size:
                 step = LIMITED_STEP if job.rate.speed else STEP
@@ -62,7 +83,7 @@ class Sweep:
             length, wanted = await self._look(offset, length)
         except OSError as error:
             action = self._answer(CopyFailed(Side.SOURCE, error))
-            if action is Action.IGNORE:
+            if action is Action.IGNORE and self._ignored is Ignored.LEFT_OUT:
                 self._job.done += length
                 return length
             return 0
@@ -88,14 +109,16 @@ class Sweep:
 
     def _failed(self, offset: int, length: int, failed: CopyFailed) -> None:
         action = self._answer(failed)
-        if action is Action.STOP:
-            self._again.append((offset, length))
-        elif action is Action.IGNORE:
+        if action is Action.IGNORE and self._ignored is Ignored.LEFT_OUT:
             self._job.done += length
+        elif action is not Action.REPORT:
+            self._again.append((offset, length))
 
     def _answer(self, failed: CopyFailed) -> Action:
         action = self._job.answer(self._policy, OPERATION[failed.side], failed.error)
-        if action is not Action.STOP:
+        if action is Action.IGNORE and self._ignored is Ignored.TRIED_AGAIN:
+            self._wait = True
+        elif action is not Action.STOP:
             self._failure = self._failure or failed.error
             self._given_up = self._given_up or action is Action.REPORT
         return action

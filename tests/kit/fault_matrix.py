@@ -1,0 +1,321 @@
+"""The fault matrix: each job, a failing request at each of its steps, each error policy; what is told, and what becomes of it.
+
+One *cell* starts a daemon (ours or qemu-storage-daemon), injects one error by blkdebug, runs the job to its end as a user
+would (resume what stopped, complete what is ready), lets a guest write and read when the error was told and at the end, and
+notes what it saw. ``python -m kit.fault_matrix`` prints the table that stands in docs/faults.md.
+"""
+
+from __future__ import annotations
+
+import atexit
+import errno
+import functools
+import json
+import os
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from kit.livedisk import Daemon
+from kit.qemu import StorageDaemon, check, create, qemu_io, read_all
+from kit.qmp import Qmp, QmpError
+from kit.raw_nbd import FLUSH, READ, WRITE, RawClient, request
+
+MIB = 1 << 20
+POLICIES = ("report", "ignore", "stop", "enospc", "auto")
+_LATE = {"event": "flush_to_disk", "state": 1, "new_state": 2}
+"""The first flush of a target comes when the job is ready."""
+
+
+@dataclass(frozen=True)
+class Fault:
+    """One failing request: which ``job``, which of its nodes (``side``), what fails (``what``), at which ``step``.
+
+    ``event``: blkdebug's, at which the error is armed; ``late``: only after the target was flushed once.
+    """
+
+    job: str
+    side: str
+    what: str
+    step: str
+    event: str
+    number: int = errno.EIO
+    late: bool = False
+
+    @property
+    def title(self) -> str:
+        name = "ENOSPC" if self.number == errno.ENOSPC else "EIO"
+        return f"{self.job}: {self.what} on the {self.side}, {self.step}, {name}"
+
+    def rules(self, image: str) -> dict[str, Any]:
+        """Options of the blkdebug node below ``image``."""
+        if image != IMAGES[self.job][self.side]:
+            return {}
+        rule = {"event": self.event, "iotype": self.what, "errno": self.number, "once": True}
+        if self.late:
+            return {"inject-error": [{**rule, "state": 2}], "set-state": [_LATE]}
+        return {"inject-error": [rule]}
+
+
+IMAGES = {
+    "stream": {"source": "base", "target": "top"},
+    "commit": {"source": "mid", "base": "base"},
+    "active commit": {"source": "top", "base": "base"},
+    "mirror": {"source": "top", "target": "target"},
+    "mirror, write-blocking": {"source": "top", "target": "target"},
+}
+"""Which image a side of a job is; base <- mid <- top is the guest's chain."""
+COMMANDS: dict[str, tuple[str, dict[str, Any]]] = {
+    "stream": ("block-stream", {"device": "top"}),
+    "commit": ("block-commit", {"device": "top", "top-node": "mid", "base-node": "base"}),
+    "active commit": ("block-commit", {"device": "top", "base-node": "base"}),
+    "mirror": ("blockdev-mirror", {"device": "top", "target": "target", "sync": "full"}),
+    "mirror, write-blocking": (
+        "blockdev-mirror", {"device": "top", "target": "target", "sync": "full", "copy-mode": "write-blocking"}),
+}  # fmt: skip
+
+
+def _faults() -> Iterator[Fault]:
+    space = errno.ENOSPC
+    yield Fault("stream", "source", "read", "while it copies", "read_aio")
+    yield Fault("stream", "target", "write", "while it copies", "write_aio")
+    yield Fault("stream", "target", "write", "while it copies", "write_aio", space)
+    yield Fault("stream", "target", "flush", "at the end", "flush_to_disk")
+    yield Fault("commit", "source", "read", "while it copies", "read_aio")
+    yield Fault("commit", "base", "write", "while it copies", "write_aio")
+    yield Fault("commit", "base", "write", "while it copies", "write_aio", space)
+    yield Fault("commit", "base", "flush", "at the end", "flush_to_disk")
+    for job in ("active commit", "mirror", "mirror, write-blocking"):
+        side = "base" if job == "active commit" else "target"
+        yield Fault(job, "source", "read", "while it copies", "read_aio")
+        for number in (errno.EIO, space):
+            yield Fault(job, side, "write", "while it copies", "write_aio", number)
+        yield Fault(job, side, "flush", "before it is ready", "flush_to_disk")
+        for number in (errno.EIO, space):
+            yield Fault(job, side, "write", "when it is ready", "write_aio", number, late=True)
+        yield Fault(job, side, "flush", "when it completes", "flush_to_disk", late=True)
+
+
+FAULTS = list(_faults())
+
+
+@dataclass
+class Seen:
+    """What a cell came to. ``errors``: operation and action of each BLOCK_JOB_ERROR; ``held``: status and io-status in which the
+    job stood still; ``end``: the last event, its error; ``reason``: query-jobs' error of the concluded job."""
+
+    errors: list[tuple[str, str]] = field(default_factory=list)
+    held: list[tuple[str, str]] = field(default_factory=list)
+    ready: bool = False
+    end: str = ""
+    reason: str = ""
+    guest: str = "goes on"
+    data: str = ""
+
+    def cell(self) -> str:
+        """In a few words."""
+        told = ", ".join(f"{operation} {action}" for operation, action in self.errors) or "nothing told"
+        held = "".join(f"; {status} ({io_status}), resumed" for status, io_status in self.held)
+        return f"{told}{held}; {self.end}{f' ({self.reason})' if self.reason else ''}"
+
+
+class Cell:
+    """One fault under one policy on one daemon."""
+
+    def __init__(self, kind: type[StorageDaemon], fault: Fault, policy: str, folder: Path) -> None:
+        self.fault, self.policy, self.folder = fault, policy, folder
+        self.model = bytearray(b"b" * MIB)
+        self.seen = Seen()
+        self._kind = kind
+        self._guest: RawClient
+
+    # -- setting up --------------------------------------------------------------------------------------------------
+    def _make_images(self) -> None:
+        for image in _template().iterdir():
+            shutil.copy(image, self.folder / image.name)
+        self.model[: 256 << 10] = b"m" * (128 << 10) + b"t" * (128 << 10)
+
+    def _options(self) -> list[str]:
+        nodes = []
+        for name in ("base", "mid", "top", "target"):
+            node: dict[str, Any] = {"node-name": name, "driver": "raw" if name in ("base", "target") else "qcow2"}
+            file = {"driver": "file", "filename": str(self.folder / name)}
+            node["file"] = {"driver": "blkdebug", "image": file, **self.fault.rules(name)}
+            if name in ("mid", "top"):
+                node["backing"] = "base" if name == "mid" else "mid"
+            if name in ("base", "mid"):
+                node |= {"read-only": True}
+                node["file"] |= {"read-only": False} if name == "base" else {}
+                node["file"]["image"] = {**file, "read-only": False} if name == "base" else file
+            nodes += ["--blockdev", json.dumps(node)]
+        return [*nodes, "--export", "nbd,id=e,node-name=top,name=d,writable=on"]
+
+    # -- the guest ---------------------------------------------------------------------------------------------------
+    def _guest_acts(self, letter: bytes, offset: int) -> None:
+        """Write, read back, read what came from below."""
+        data = letter * 4096
+        self._ask(request(WRITE, offset, 4096, payload=data))
+        self.model[offset : offset + 4096] = data
+        for where in (offset, 0, 900 << 10):
+            found = self._ask(request(READ, where, 4096), 4096)
+            if found != self.model[where : where + 4096]:
+                self.seen.guest = "reads something else"
+
+    def _ask(self, what: bytes, length: int = 0) -> bytes:
+        self._guest.send(what)
+        _, error, _, data = self._guest.reply(length)[0]
+        if error:
+            self.seen.guest = f"gets error {os.strerror(error)}"
+        return bytes(data)
+
+    # -- the job -----------------------------------------------------------------------------------------------------
+    def run(self) -> Seen:
+        """Do it all; what was seen."""
+        self._make_images()
+        daemon = self._kind(self.folder, *self._options())
+        with daemon, daemon.qmp() as qmp, RawClient(str(daemon.nbd_socket), timeout=20) as self._guest:
+            self._guest.enter(b"d")
+            self._start(qmp)
+            self._follow(qmp)
+            self._guest_acts(b"Z", 700 << 10)
+            self._ask(request(FLUSH))
+            daemon.stop(expect=None)
+        self._look_at_images()
+        return self.seen
+
+    def _start(self, qmp: Qmp) -> None:
+        name, arguments = COMMANDS[self.fault.job]
+        if name in ("blockdev-mirror", "blockdev-backup"):
+            policies = {"on-source-error": self.policy, "on-target-error": self.policy}
+        else:
+            policies = {"on-error": self.policy}
+        qmp.call(name, {"job-id": "j", "auto-dismiss": False, **arguments, **policies})
+
+    def _follow(self, qmp: Qmp) -> None:
+        completing = False
+        while True:
+            event = qmp.events.popleft() if qmp.events else qmp.receive()
+            name, data = event["event"], event["data"]
+            if name == "BLOCK_JOB_ERROR":
+                self.seen.errors.append((data["operation"], data["action"]))
+            elif name == "BLOCK_JOB_READY":
+                self.seen.ready = True
+                if self.fault.step == "when it is ready":
+                    # Through the filter and not in what is copied already: it gets dirty, or is mirrored at once.
+                    self._guest_acts(b"R", 600 << 10)
+                    self._wait_for_error(qmp)
+                completing = True
+                if not self.seen.errors or self.seen.errors[-1][1] != "stop" or self.seen.held:
+                    self._complete(qmp)
+            elif name == "JOB_STATUS_CHANGE" and data["status"] in ("paused", "standby"):
+                if self._resume(qmp) and completing:
+                    self._complete(qmp)
+            elif name in ("BLOCK_JOB_COMPLETED", "BLOCK_JOB_CANCELLED"):
+                self.seen.end = name.removeprefix("BLOCK_JOB_").lower()
+                self.seen.reason = data.get("error", "")
+            elif name == "JOB_STATUS_CHANGE" and data["status"] == "concluded":
+                qmp.execute("job-dismiss", id="j")
+                return
+
+    def _wait_for_error(self, qmp: Qmp) -> None:
+        deadline = time.monotonic() + 20
+        while not any(event["event"] == "BLOCK_JOB_ERROR" for event in qmp.events):
+            assert time.monotonic() < deadline, "no error"
+            time.sleep(0.005)
+            qmp.execute("query-version")
+
+    def _complete(self, qmp: Qmp) -> None:
+        try:
+            qmp.execute("job-complete", id="j")
+        except QmpError:
+            pass  # it failed meanwhile
+
+    def _resume(self, qmp: Qmp) -> bool:
+        """If an error holds the job: note how, let the guest act, let it go on."""
+        found = qmp.execute("query-block-jobs")
+        if not found or found[0]["io-status"] == "ok" or found[0]["status"] not in ("paused", "standby"):
+            return False
+        self.seen.held.append((found[0]["status"], found[0]["io-status"]))
+        self._guest_acts(b"S", 500 << 10)
+        qmp.execute("job-resume", id="j")
+        return True
+
+    # -- afterwards --------------------------------------------------------------------------------------------------
+    def _look_at_images(self) -> None:
+        """The guest's data is whole in the chain that the headers name, or (after a pivot) in the image it went to."""
+        job, failed = self.fault.job, bool(self.seen.reason)
+        for name in ("mid", "top"):
+            check(self.folder / name, leaks=True)
+        home = "top"
+        if not failed and job == "active commit":
+            home = "base"
+        elif not failed and job.startswith("mirror"):
+            home = "target"
+        raw = home in ("base", "target")
+        found = read_all(self.folder / home, self.folder, "-f", "raw" if raw else "qcow2")
+        self.seen.data = "whole" if found == self.model else "LOST"
+        if job == "backup" and not failed:
+            copy = (self.folder / "target").read_bytes()
+            self.seen.data += "" if copy == bytes(self._at_start()) else ", NOT the moment it started"
+
+    def _at_start(self) -> bytes:
+        start = bytearray(b"b" * MIB)
+        start[: 128 << 10] = b"m" * (128 << 10)
+        start[128 << 10 : 256 << 10] = b"t" * (128 << 10)
+        return bytes(start)
+
+
+@functools.cache
+def _template() -> Path:
+    """A folder with fresh images, which name each other without a path."""
+    folder = Path(tempfile.mkdtemp(prefix="ldf"))
+    atexit.register(shutil.rmtree, folder)
+    (folder / "base").write_bytes(b"b" * MIB)
+    (folder / "target").write_bytes(bytes(MIB))
+    for name, below, form in (("mid", "base", "raw"), ("top", "mid", "qcow2")):
+        create(folder / name, MIB, options=f"backing_file={below},backing_fmt={form}")
+    qemu_io(folder / "mid", f"write -q -P {ord('m')} 0 128k")
+    qemu_io(folder / "top", f"write -q -P {ord('t')} 128k 128k")
+    return folder
+
+
+def run_cell(kind: type[StorageDaemon], fault: Fault, policy: str) -> Seen:
+    """One cell in a folder of its own."""
+    with tempfile.TemporaryDirectory(prefix="ldf", dir="/tmp") as folder:
+        return Cell(kind, fault, policy, Path(folder)).run()
+
+
+HEAD = "| fault | " + " | ".join(POLICIES) + " |\n|---|" + "---|" * len(POLICIES)
+
+
+def row(fault: Fault, seen: Sequence[Seen]) -> str:
+    """A row of the table, from what was seen under each policy."""
+    return f"| {fault.title} | " + " | ".join(one.cell() for one in seen) + " |"
+
+
+def main() -> int:
+    """Print the table in Markdown; with ``--qemu`` the rows of qemu-storage-daemon where they differ. Exit code 1 if anything
+    was lost."""
+    lost = 0
+    print(HEAD)
+    for fault in FAULTS:
+        seen = [run_cell(Daemon, fault, policy) for policy in POLICIES]
+        print(row(fault, seen), flush=True)
+        for policy, one in zip(POLICIES, seen, strict=True):
+            if one.data != "whole" or one.guest != "goes on":
+                lost += 1
+                print(f"LOST: {fault.title}, {policy}: the guest {one.guest}, its data is {one.data}", flush=True)
+        if "--qemu" in sys.argv:
+            theirs = row(fault, [run_cell(StorageDaemon, fault, policy) for policy in POLICIES])
+            if theirs != row(fault, seen):
+                print(f"QEMU: {theirs}", flush=True)
+    return 1 if lost else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
