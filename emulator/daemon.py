@@ -21,7 +21,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import sys
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable
 from typing import Any
 
 from livedisk.emulator import drivers
@@ -49,7 +49,7 @@ from livedisk.emulator.qmp import (
     throttle_commands,
 )
 from livedisk.emulator.qmp.block_events import BlockImageCorrupted
-from livedisk.emulator.qmp.chardev import Chardev, MonitorOptions
+from livedisk.emulator.qmp.chardev import Chardev, MonitorOptions, backend_name
 from livedisk.emulator.qmp.context import Context, Extension
 from livedisk.emulator.qmp.control import Shutdown, ShutdownCause
 from livedisk.emulator.qmp.events import EventHub
@@ -135,6 +135,10 @@ class Daemon:
         if options.id in self._chardevs:
             raise ParameterError(f"Duplicate ID '{options.id}' for chardev")
         self._chardevs[options.id] = await open_chardev(options, info=log.info, objects=self.objects)
+
+    def chardevs(self) -> Iterable[tuple[str, str]]:
+        """Every character device: its id, and the name of its back-end."""
+        return [(name, backend_name(device.options)) for name, device in self._chardevs.items()]
 
     def has_chardev(self, name: str) -> bool:
         """Whether there is a character device of that id."""

@@ -147,6 +147,28 @@ class VirtioBlk:
         self._graph.throttle_groups.tidy()
         await self._graph.detach_root(self.backend)
 
+    async def move(self, node: Node) -> None:
+        """Put the device on another node between two requests; a node that nobody uses any more is closed.
+
+        The guest sees other data, and maybe another size, from one request to the next. Raises BlockError, PermissionConflict
+        or LockError; then nothing has changed.
+        """
+        edge, old, size = self.backend.root, self.backend.node, self.size
+        assert edge is not None
+        if node is old:
+            return
+        async with self._graph.drained(old, node):
+            self._graph.replace_edge(edge, node)
+            if self.size != size:
+                for callback in list(self.backend.on_resize):
+                    callback()
+        await self._graph.release(old)
+
+    @property
+    def drive_name(self) -> str:
+        """The property ``drive``: the node that the device is on, or ""."""
+        return self.backend.node.name if self.backend.root is not None else ""
+
     async def _first_sector(self) -> bytes:
         sector = bytearray(SECTOR)
         if self.size >= SECTOR:
@@ -182,7 +204,7 @@ class VirtioBlk:
             Feature.FLUSH: self.write_cache or options.config_wce,
             Feature.TOPOLOGY: True,
             Feature.CONFIG_WCE: options.config_wce,
-            Feature.MQ: self._queues > 1,
+            Feature.MQ: self.queues > 1,
             Feature.DISCARD: options.discard,
             Feature.WRITE_ZEROES: options.write_zeroes,
             Feature.VERSION_1: True,
@@ -190,7 +212,8 @@ class VirtioBlk:
         return sum(1 << bit for bit, on in offered.items() if on)
 
     @property
-    def _queues(self) -> int:
+    def queues(self) -> int:
+        """How many virtqueues it has."""
         return 1 if self.options.num_queues == 0xFFFF else self.options.num_queues
 
     def config(self) -> ConfigSpace:
@@ -216,7 +239,7 @@ class VirtioBlk:
             min_io_size=options.min_io_size // block,
             opt_io_size=options.opt_io_size // block,
             writeback=self.write_cache,
-            num_queues=self._queues,
+            num_queues=self.queues,
             max_discard_sectors=options.max_discard_sectors if options.discard else 0,
             max_discard_seg=1 if options.discard else 0,
             discard_sector_alignment=granularity // SECTOR if options.discard else 0,

@@ -77,6 +77,12 @@ Chardev: TypeAlias = SocketChardev | StdioChardev | NullChardev
 
 BACKENDS: Final[dict[str, type[Any]]] = {"socket": SocketChardev, "stdio": StdioChardev, "null": NullChardev}
 
+
+def backend_name(options: Chardev) -> str:
+    """The name of the back-end that options are of."""
+    return next(name for name, cls in BACKENDS.items() if type(options) is cls)
+
+
 Warn: TypeAlias = Callable[[str], None]
 
 

@@ -7,6 +7,7 @@ type, and the daemon provides it.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, Protocol
 
 import msgspec
@@ -67,6 +68,9 @@ class Daemon(Protocol):
     @property
     def uuid(self) -> str:
         """The guest's UUID (``-uuid``), in lower case; all zeroes where none was given."""
+
+    def chardevs(self) -> Iterable[tuple[str, str]]:
+        """Every character device: its id, and the name of its back-end."""
 
     def parse_options(self, options: dict[str, Any]) -> BlockdevOptions:
         """Options of a node, as JSON has them, checked and typed. Raises ParameterError."""

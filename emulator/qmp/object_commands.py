@@ -82,6 +82,7 @@ class Objects:
 
     def __init__(self) -> None:
         self._objects: dict[str, Any] = {}
+        self._given: dict[str, ObjectOptions] = {}
         self.before_add: list[Callable[[Any], None]] = []
         """Called with each object before it is one; may raise LiveDiskError."""
 
@@ -118,7 +119,15 @@ class Objects:
             raise LiveDiskError(f"attempt to add duplicate property '{options.id}' to object (type 'container')")
         if isinstance(made, Completed):
             made.complete(self)
-        self._objects[options.id] = made
+        self._objects[options.id], self._given[options.id] = made, options
+
+    def given(self, name: str) -> ObjectOptions:
+        """The options that the object of that id was made of."""
+        return self._given[name]
+
+    def replace(self, name: str, made: Any, options: ObjectOptions) -> None:
+        """The object of that id has other properties now."""
+        self._objects[name], self._given[name] = made, options
 
     def delete(self, name: str) -> None:
         """End an object. Raises LiveDiskError in QEMU's words."""
@@ -126,7 +135,7 @@ class Objects:
             raise LiveDiskError(f"object '{name}' not found")
         if getattr(self._objects[name], "in_use", False):
             raise LiveDiskError(f"object '{name}' is in use, can not be deleted")
-        del self._objects[name]
+        del self._objects[name], self._given[name]
 
 
 @command("object-add", allow_preconfig=True)

@@ -1,25 +1,19 @@
-"""qom-list, qom-get and qom-set on the objects that users made (``/objects/ID``, or the id alone).
+"""The tree of `qom` over QMP: qom-list, qom-get, qom-set, and what types there are and what they have.
 
-What has properties here: throttle groups, whose ``limits`` can be changed while they work; of every object its ``type``.
-Devices and the machine are not in this tree. Source: QEMU ``qapi/qom.json``, ``qom/qom-qmp-cmds.c``; messages asked from
-QEMU 10.0.2.
+Source: QEMU ``qapi/qom.json``, ``qapi/qdev.json``, ``qom/qom-qmp-cmds.c``; messages asked from QEMU 10.0.2.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-from livedisk.emulator.block.throttle import ThrottleGroup
+from livedisk.emulator.device.options import MODELS
 from livedisk.emulator.errors import DeviceNotFound, LiveDiskError
+from livedisk.emulator.qmp import qom
 from livedisk.emulator.qmp.context import Context
-from livedisk.emulator.qmp.object_commands import Iothread, Secret
+from livedisk.emulator.qmp.object_commands import OBJECT_TYPES
 from livedisk.emulator.qmp.qapi import UNSET, QapiStruct, UnsetType
 from livedisk.emulator.qmp.registry import command
-from livedisk.emulator.qmp.throttle_commands import ThrottleGroupQom, ThrottleLimits
-from livedisk.emulator.qmp.visit import JSON, visit
-
-_TYPES: dict[type, str] = {ThrottleGroup: "throttle-group", Iothread: "iothread", Secret: "secret"}
-_FOLDERS = ("/objects", "objects", "/objects/")
 
 
 class QomPath(QapiStruct):
@@ -52,58 +46,118 @@ class ObjectPropertyInfo(QapiStruct, kw_only=True):
     default_value: Any = UNSET
 
 
-def _find(ctx: Context, path: str) -> Any:
-    name = path.removeprefix("/objects/")
-    if name not in ctx.daemon.objects:
-        raise DeviceNotFound(f"Device '{path}' not found")
-    return ctx.daemon.objects[name]
-
-
-def _type(thing: Any) -> str:
-    return _TYPES.get(type(thing), type(thing).__name__)
-
-
-def _properties(thing: Any) -> dict[str, str]:
-    own = ThrottleGroupQom.names() if isinstance(thing, ThrottleGroup) else {}
-    return {"type": "string", **own}
-
-
-def _check(thing: Any, name: str) -> None:
-    if name not in _properties(thing):
-        raise LiveDiskError(f"Property '{_type(thing)}.{name}' not found")
+_TYPE = ObjectPropertyInfo(name="type", type="string")
+_BACKEND = ObjectPropertyInfo(name="virtio-backend", type=f"child<{qom.BACKEND}>")
 
 
 @command("qom-list", allow_preconfig=True)
 async def qom_list(ctx: Context, args: QomPath) -> list[ObjectPropertyInfo]:
-    """The properties of an object; of ``/objects``, the objects."""
-    if args.path in _FOLDERS:
-        objects = ctx.daemon.objects
-        children = [ObjectPropertyInfo(name=name, type=f"child<{_type(objects[name])}>") for name in objects]
-        return [ObjectPropertyInfo(name="type", type="string"), *children]
-    found = _properties(_find(ctx, args.path))
-    return [ObjectPropertyInfo(name=name, type=kind) for name, kind in found.items()]
+    """The properties of an object, and the objects below it."""
+    _, found = qom.resolve(ctx.daemon, args.path)
+    own = [ObjectPropertyInfo(name=name, type=one.type) for name, one in found.properties.items()]
+    below = [ObjectPropertyInfo(name=name, type=f"child<{one.type}>") for name, one in found.children.items()]
+    return [_TYPE, *own, *below]
 
 
 @command("qom-get", allow_preconfig=True)
 async def qom_get(ctx: Context, args: QomProperty) -> Any:
-    """The value of a property."""
-    thing = _find(ctx, args.path)
-    _check(thing, args.property)
-    return _type(thing) if args.property == "type" else ThrottleGroupQom.get(thing, args.property)
+    """The value of a property; of an object below, its path."""
+    path, found = qom.resolve(ctx.daemon, args.path)
+    if args.property in found.children:
+        return f"{path.rstrip('/')}/{args.property}"
+    return found.find(args.property).get()
 
 
 @command("qom-set", allow_preconfig=True)
 async def qom_set(ctx: Context, args: QomSet) -> None:
     """Change a property."""
-    thing = _find(ctx, args.path)
-    _check(thing, args.property)
-    if args.property == "type":
-        raise LiveDiskError(f"Property '{_type(thing)}.type' is not writable")
-    value = visit(_Limits, {"limits": args.value}, JSON).limits if args.property == "limits" else None
-    ThrottleGroupQom.set(thing, args.property, value)
+    _, found = qom.resolve(ctx.daemon, args.path)
+    if args.property in found.children:
+        raise LiveDiskError(f"Property '{found.type}.{args.property}' is not writable")
+    one = found.find(args.property)
+    if one.set is None:
+        raise LiveDiskError(one.refusal or f"Property '{found.type}.{args.property}' is not writable")
+    await one.set(args.value)
 
 
-class _Limits(QapiStruct):
-    """So that messages name what is wrong as QEMU does."""
+class QomListTypes(QapiStruct):
+    """``implements``: only what derives from that type; ``abstract``: also types of which there are no objects."""
 
-    limits: ThrottleLimits
+    implements: str | UnsetType = UNSET
+    abstract: bool = False
+
+
+class ObjectTypeInfo(QapiStruct, kw_only=True):
+    """A type, and what it derives from."""
+
+    name: str
+    abstract: bool | UnsetType = UNSET
+    parent: str | UnsetType = UNSET
+
+
+@command("qom-list-types", allow_preconfig=True)
+async def qom_list_types(ctx: Context, args: QomListTypes) -> list[ObjectTypeInfo]:
+    """The types that there are here."""
+    known = qom.types()
+    found = []
+    for name, parent in known.items():
+        abstract = name in qom.ABSTRACT
+        if (abstract and not args.abstract) or not _implements(known, name, args.implements):
+            continue
+        found.append(ObjectTypeInfo(name=name, abstract=True if abstract else UNSET, parent=parent or UNSET))
+    return found
+
+
+def _implements(known: dict[str, str | None], name: str, wanted: str | UnsetType) -> bool:
+    if not isinstance(wanted, str):
+        return True
+    if wanted == "user-creatable":
+        return name in OBJECT_TYPES
+    current: str | None = name
+    while current is not None and current != wanted:
+        current = known.get(current)
+    return current is not None
+
+
+class QomTypeName(QapiStruct):
+    """A type."""
+
+    typename: str
+
+
+@command("qom-list-properties", allow_preconfig=True)
+async def qom_list_properties(ctx: Context, args: QomTypeName) -> list[ObjectPropertyInfo]:
+    """The properties that objects of a type have. Raises DeviceNotFound."""
+    if args.typename not in qom.types():
+        raise DeviceNotFound(f"Class '{args.typename}' not found")
+    return [_TYPE, *_properties_of(args.typename)]
+
+
+def _properties_of(typename: str) -> list[ObjectPropertyInfo]:
+    if typename in OBJECT_TYPES:
+        return [ObjectPropertyInfo(name=name, type=kind) for name, kind in qom.object_properties(typename)]
+    if typename not in (qom.DEVICE, qom.BACKEND, "device"):
+        return []
+    common = [ObjectPropertyInfo(name=name, type=one.type) for name, one in qom.common_properties().items()]
+    if typename == "device":
+        return common
+    own = [one for one in _of_device() if typename == qom.DEVICE or not qom.of_pci(one.name)]
+    return [*common, *own, *([_BACKEND] if typename == qom.DEVICE else [])]
+
+
+@command("device-list-properties", allow_preconfig=True)
+async def device_list_properties(ctx: Context, args: QomTypeName) -> list[ObjectPropertyInfo]:
+    """The properties that ``-device`` takes for a model. Raises DeviceNotFound."""
+    if args.typename not in MODELS:
+        raise DeviceNotFound(f"Device '{args.typename}' not found")
+    return [*_of_device(), _BACKEND]
+
+
+def _of_device() -> list[ObjectPropertyInfo]:
+    found = []
+    for name, kind in qom.device_properties():
+        default = qom.device_default(name)
+        switch = {"bool": qom.SWITCH, "OnOffAuto": f"{qom.SWITCH}/auto"}.get(kind)
+        description = qom.DESCRIPTIONS.get(name, switch or UNSET)
+        found.append(ObjectPropertyInfo(name=name, type=kind, description=description, default_value=default))
+    return found

@@ -47,6 +47,10 @@ class Device(Protocol):
 
     label: str
 
+    @property
+    def options(self) -> Chardev:
+        """What it was opened with."""
+
     def attach(self, frontend: Frontend) -> None:
         """Plug a frontend in; once."""
 
@@ -93,6 +97,7 @@ class NullDevice:
 
     def __init__(self, options: NullChardev) -> None:
         self.label = options.id
+        self.options = options
 
     def attach(self, frontend: Frontend) -> None:
         """The frontend never hears of a connection."""
@@ -206,7 +211,7 @@ class SocketDevice:
     def __init__(self, options: SocketChardev, tls: ServerTls | ClientTls | None = None) -> None:
         self.label = options.id
         self._tls = tls
-        self._options = options
+        self.options = options
         self._frontend: Frontend | None = None
         self._connection: Connection | None = None
         self._connected = asyncio.Event()
@@ -216,15 +221,15 @@ class SocketDevice:
 
     async def open(self, info: Info) -> None:
         """Listen or connect. Raises LiveDiskError."""
-        if self._options.server:
-            self._listeners = await _listen(self._options, self._paths)
+        if self.options.server:
+            self._listeners = await _listen(self.options, self._paths)
             self._start(self._accept_forever())
         elif self._retry_after:
             self._start(self._connect_forever())
         else:
-            self._start(self._serve_and_forget(await _connect(self._options)))
+            self._start(self._serve_and_forget(await _connect(self.options)))
         yank.register("chardev", self.label, self._cut)
-        if self._options.server and self._options.wait is not False:
+        if self.options.server and self.options.wait is not False:
             info(f"QEMU waiting for connection on: disconnected:{self.address},server=on")
             await self._connected.wait()
 
@@ -252,7 +257,7 @@ class SocketDevice:
     @property
     def address(self) -> str:
         """As QEMU writes it: ``unix:PATH``, ``tcp:HOST:PORT`` with the port in use, ``fd:N``."""
-        options = self._options
+        options = self.options
         if options.path is not None:
             return f"unix:{options.path}"
         if options.host is None:
@@ -267,7 +272,7 @@ class SocketDevice:
     @property
     def _retry_after(self) -> float:
         """Seconds between attempts to connect; 0: one attempt."""
-        return (self._options.reconnect or 0) + (self._options.reconnect_ms or 0) / 1000
+        return (self.options.reconnect or 0) + (self.options.reconnect_ms or 0) / 1000
 
     def _start(self, work: Any) -> None:
         self._task = asyncio.get_running_loop().create_task(work, name=f"chardev-{self.label}")
@@ -284,7 +289,7 @@ class SocketDevice:
         reported = False
         while True:
             try:
-                client = await _connect(self._options)
+                client = await _connect(self.options)
             except LiveDiskError as error:
                 if not reported:
                     log.warning("chardev %s: %s; trying again every %g s", self.label, error, self._retry_after)
@@ -301,7 +306,7 @@ class SocketDevice:
         """Serve one connection until it is gone."""
         client.setblocking(False)
         if client.family != socket.AF_UNIX:
-            client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, int(self._options.nodelay))
+            client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, int(self.options.nodelay))
         self._connection = connection = Connection(self._frontend, self._tls)
         try:
             await self._wrap(connection, client)

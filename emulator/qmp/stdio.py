@@ -94,6 +94,7 @@ class StdioDevice:
             raise LiveDiskError("cannot use stdio by multiple character devices")
         _taken = True
         self.label = options.id
+        self.options = options
         self._signal = options.signal
         self._frontend: Frontend | None = None
         self._restore: Callable[[], None] | None = None
