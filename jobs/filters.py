@@ -25,19 +25,30 @@ async def insert_filter(
 
     Raises BlockError, PermissionConflict or OSError; nothing is left then.
     """
+    node = await open_filter(graph, driver, below, name, **options)
+    await put_on(graph, node, below)
+    return node
+
+
+async def open_filter(graph: Graph, driver: str, below: Node, name: str | msgspec.UnsetType, **options: object) -> Node:
+    """The first half of `insert_filter`: the filter stands on ``below``, without users."""
     options_class = driver_class(driver).Options
     child = "backing" if "backing" in options_class.__struct_fields__ else "file"
     make: Callable[..., BlockdevOptions] = options_class
     given = {"driver": driver, "node_name": name, "discard": Discard.UNMAP, child: below.name, **options}
     node = await graph.open(make(**given))
     node.implicit = name is msgspec.UNSET
+    return node
+
+
+async def put_on(graph: Graph, node: Node, below: Node) -> None:
+    """The second half: the users of ``below`` become the filter's. If they cannot, the filter is closed."""
     try:
         async with graph.drained(below):
             graph.replace_node(below, node)
     except BaseException:
         await graph.release(node)
         raise
-    return node
 
 
 async def remove_filter(graph: Graph, node: Node) -> None:

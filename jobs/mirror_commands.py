@@ -18,7 +18,7 @@ from livedisk.jobs.commands import MirrorCopyMode
 from livedisk.jobs.copy import LANES, STEP
 from livedisk.jobs.filters import skip_filters
 from livedisk.jobs.mirror import Backing, MirrorJob, Plan, Sync, check_root, default_granularity
-from livedisk.jobs.targets import NewImageMode, create_target, open_target
+from livedisk.jobs.targets import NewImageMode, create_target, existing_format, open_target
 
 
 class MirrorOptions(QapiStruct, kw_only=True):
@@ -83,10 +83,7 @@ async def drive_mirror(ctx: Context, args: DriveMirror) -> None:
         raise BlockError("a node-name must be provided when replacing a named node of the graph")
     fmt = args.format
     if not isinstance(fmt, str):
-        if existing:
-            # QEMU would probe the file, which a guest may have written.
-            raise BlockError("Parameter 'format' is missing: the format of an existing target is not guessed")
-        fmt = image.options.driver
+        fmt = await existing_format(source, args.target) if existing else image.options.driver
     sync = _settled(args.sync, source)
     if not existing:
         backing = {Sync.TOP: image.backing.node if image.backing is not None else None, Sync.NONE: source}.get(sync)

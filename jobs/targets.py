@@ -5,14 +5,19 @@ from __future__ import annotations
 
 import enum
 import os
-from typing import Any
+import re
+from typing import Final
 
 from livedisk.emulator.block.driver import DRIVERS
+from livedisk.emulator.block.gate import claimed_format, image_options, protocol_options
 from livedisk.emulator.block.node import Node
+from livedisk.emulator.block.options import CacheOptions
 from livedisk.emulator.errors import BlockError
 from livedisk.emulator.qmp.context import Context
 from livedisk.emulator.qmp.filenames import filename
 from livedisk.emulator.qmp.qapi import UnsetType
+
+_PROTOCOL: Final = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*):")
 
 
 class NewImageMode(enum.StrEnum):
@@ -27,9 +32,10 @@ async def create_target(path: str, fmt: str, size: int, backing: Node | None) ->
     driver = DRIVERS.get(fmt)
     if driver is None or driver.internal:
         raise BlockError(f"Unknown file format '{fmt}'")
-    if fmt == "raw":
+    path = host_path(path)
+    if fmt in ("raw", "file"):
         if backing is not None:
-            raise BlockError("Backing file not supported for file format 'raw'")
+            raise BlockError(f"Backing file not supported for file format '{fmt}'")
         with open(path, "wb") as file:
             os.truncate(file.fileno(), size)
         return
@@ -47,17 +53,36 @@ async def create_target(path: str, fmt: str, size: int, backing: Node | None) ->
     await create_file(path, options)
 
 
+async def existing_format(source: Node, path: str) -> str:
+    """The format of an existing target for which none was given: raw, if it looks like no other. QEMU believes what the content
+    claims, which a guest may have written. Raises BlockError or OSError."""
+    found = await claimed_format(source, protocol_options(source, path))
+    if found is not None:
+        raise BlockError(f"Parameter 'format' is missing: '{path}' looks like {found}, which is not believed")
+    return "raw"
+
+
+def host_path(name: str) -> str:
+    """The path of a file to be made. Raises BlockError if ``name`` is not that of a file on this host."""
+    protocol = _PROTOCOL.match(name)
+    if protocol is None:
+        return name
+    if protocol.group(1) != "file":
+        known = DRIVERS.get(protocol.group(1))
+        if known is None:
+            raise BlockError(f"Unknown protocol '{protocol.group(1)}'")
+        raise BlockError(f"Protocol driver '{known.name}' does not support image creation")
+    return name[len("file:") :]
+
+
 async def open_target(ctx: Context, path: str, fmt: str, name: str | UnsetType, source: Node) -> Node:
     """Open an image for writing, without its backing file, with the settings of ``source``. Raises BlockError or OSError."""
-    options: dict[str, Any] = {
-        "driver": fmt,
-        "file": {"driver": "file", "filename": path},
-        "discard": str(source.discard_mode),
-        "cache": {"direct": source.cache_direct, "no-flush": source.cache_no_flush},
-    }
-    if isinstance(name, str):
-        options["node-name"] = name
-    driver = DRIVERS.get(fmt)
-    if driver is not None and driver.supports_backing:
-        options["backing"] = None
-    return await ctx.daemon.graph.open(ctx.daemon.parse_options(options))
+    options = image_options(
+        source,
+        path,
+        fmt,
+        discard=source.discard_mode,
+        cache=CacheOptions(direct=source.cache_direct, no_flush=source.cache_no_flush),
+        node_name=name,
+    )
+    return await ctx.daemon.graph.open(options)

@@ -1,9 +1,18 @@
 """Making a range of one node read as another's: what jobs, and filters that copy, have in common.
 
-`copy_range` asks block status of the source, so that what reads as zeroes is written as zeroes whatever its length, and only data
-is moved, `STEP` bytes at a time. It goes through the nodes' own requests, so that it is in flight on them, waits for what
-overlaps, and marks the target's dirty trackers. It does not keep anybody off the range between its read and its write: a
-caller with a guest that writes to the source or the target does that (`jobs/copy.py`, a filter's own ranges).
+`copy_range` asks block status of the source, so that what reads as zeroes is written as zeroes whatever its length. Data is moved
+in one of two ways:
+
+* *from host file to host file* (`pins.py`, `extents.py`), up to `PIECE` bytes at a time, where both sides say where their bytes
+  stand: nothing passes through this process;
+* *through memory*, `STEP` bytes at a time: what is compressed or must be asked for, what is to be compressed, clusters that the
+  range covers only in part (the target reads around them, and must not while the source is pinned), and where the target, or
+  what it shows, is part of the source.
+
+Pieces are whole clusters of the target: zeroes shorter than a cluster are copied as data. Both ways go through the nodes' own
+requests, so that a copy is in flight on them, waits for what overlaps, and marks the target's dirty trackers. Neither keeps
+anybody off the range between the read and the write: a caller with a guest that writes to the source or the target does that
+(`jobs/copy.py`, a filter's own ranges).
 
 `CopyFailed` says which side failed, because callers answer a source and a target that fail by policies of their own.
 """
@@ -16,16 +25,25 @@ import os
 from collections.abc import Awaitable
 from typing import Final
 
-from livedisk.emulator.block.node import Edge, is_zero
+from livedisk.emulator.block.extents import COPY_BUFFER, Extents, SourceUnreadable, copy_buffer
+from livedisk.emulator.block.node import Edge, Node, is_zero
 from livedisk.emulator.block.permissions import Perm
+from livedisk.emulator.block.pins import pinned
 from livedisk.emulator.block.status import BlockStatus, block_status
 from livedisk.emulator.block.types import ZeroFlags
 
-STEP: Final = 2 << 20
+STEP: Final = COPY_BUFFER
 """Bytes in memory of one copy at most; a multiple of every cluster size. Above what `HostFile` moves inline, so that threads
 do it, on every core, while the guest is served."""
+PIECE: Final = 8 << 20
+"""Bytes moved from host file to host file at once."""
+SMALL: Final = 256 << 10
+"""Bytes that are copied through memory in any case: where nothing blocks they are through before a thread would have begun,
+and before the guest's next write, so that a mirror catches up with a guest that writes all over the disk."""
 ZERO_STEP: Final = 1 << 30
 """Bytes zeroed in one request at most."""
+_SAMPLE: Final = 4096
+"""Bytes looked at first for zeroes in data."""
 
 
 class Side(enum.Enum):
@@ -60,25 +78,97 @@ async def copy_range(
     which the range must be whole clusters of the target (but for its end). Raises CopyFailed; what was copied by then stays.
     """
     _check(source, target, offset, length)
-    whole = _cluster(target) if compressed else 1
-    end = offset + length
-    while offset < end:
-        status = await run_at(source, offset, end - offset)
-        run = status.length if offset + status.length == end else status.length // whole * whole
-        if status.zero and run:
-            run = min(run, ZERO_STEP)
-            await writing(target.node.write_zeroes(offset, run, flags))
-        else:  # where a run is less than a cluster, the cluster is data
-            run = min(max(run, whole), STEP, end - offset)
-            with memoryview(bytearray(run)) as data:
-                await reading(source.read(offset, data))
-                if detect_zeroes and is_zero(data):
-                    await writing(target.node.write_zeroes(offset, run, flags))
-                elif compressed:
-                    await writing(target.node.write_compressed(offset, data))
-                else:
-                    await writing(target.write(offset, data))
-        offset += run
+    copier = _Copier(source, target, flags, detect_zeroes=detect_zeroes, compressed=compressed)
+    await copier.run(offset, offset + length)
+
+
+class _Copier:
+    """One call of `copy_range`. ``grain``: bytes that the target maps, or compresses, as one."""
+
+    def __init__(self, source: Edge, target: Edge, flags: ZeroFlags, *, detect_zeroes: bool, compressed: bool) -> None:
+        self.source = source
+        self.target = target
+        self.flags = flags
+        self.detect_zeroes = detect_zeroes
+        self.compressed = compressed
+        self.grain = _grain(target.node)
+        self._of_target = {target.node, *target.node.graph.below(target.node)}
+        self._offloads = not compressed and target.node.driver.copies_in and source.node not in self._of_target
+
+    async def run(self, offset: int, end: int) -> None:
+        while offset < end:
+            length, zero = await self._look(offset, end)
+            if zero:
+                await writing(self.target.node.write_zeroes(offset, length, self.flags))
+            else:
+                length = await self._move(offset, length)
+            offset += length
+
+    async def _look(self, offset: int, end: int) -> tuple[int, bool]:
+        """The length of the run at ``offset``, and whether it is to be written as zeroes: whole clusters, but at the range's
+        ends; data up to `PIECE`."""
+        grain, stop = self.grain, min(end, offset + PIECE)
+        status = await run_at(self.source, offset, end - offset)
+        position = offset + status.length
+        if status.zero and (whole := position if position >= end else position // grain * grain) > offset:
+            return min(whole - offset, ZERO_STEP), True
+        while position < stop:
+            status = await run_at(self.source, position, end - position)
+            after = position + status.length
+            if status.zero and (after >= end or after // grain * grain > -(-position // grain) * grain):
+                position = min(-(-position // grain) * grain, end)
+                break
+            position = after
+        return min(position, stop) - offset, False
+
+    async def _move(self, offset: int, length: int) -> int:
+        """Copy data at ``offset``; gives how many bytes of it."""
+        grain, size = self.grain, self.target.node.size
+        if not self._offloads or length <= SMALL:
+            return await self._through_memory(offset, min(length, STEP))
+        if inside := offset % grain:
+            return await self._through_memory(offset, min(length, grain - inside))
+        whole = length if offset + length == size else length // grain * grain
+        if whole:
+            done = await self._offload(offset, whole)
+            if done:
+                return done
+        return await self._through_memory(offset, min(length, STEP))
+
+    async def _offload(self, offset: int, length: int) -> int:
+        """Copy from host file to host file; gives how many bytes. 0: it cannot be."""
+        try:
+            async with pinned(self.source.node, offset, length, self._of_target) as extents:
+                if extents is None:
+                    return 0
+                if len(extents) < length:
+                    extents = extents[: len(extents) // self.grain * self.grain]
+                if not len(extents) or (self.detect_zeroes and await self._may_be_zero(extents)):
+                    return 0
+                await writing(self.target.copy_in(offset, extents))
+                return len(extents)
+        except OSError as error:
+            raise CopyFailed(Side.SOURCE, error) from error
+
+    async def _may_be_zero(self, extents: Extents) -> bool:
+        """Whether it takes a closer look to know that a step of the data is not zero."""
+        for start in range(0, len(extents), STEP):
+            with memoryview(bytearray(min(_SAMPLE, len(extents) - start))) as sample:
+                await extents[start : start + len(sample)].read(sample)
+                if is_zero(sample):
+                    return True
+        return False
+
+    async def _through_memory(self, offset: int, length: int) -> int:
+        with copy_buffer() as buffer, memoryview(buffer) as whole, whole[:length] as data:
+            await reading(self.source.read(offset, data))
+            if self.detect_zeroes and is_zero(data):
+                await writing(self.target.node.write_zeroes(offset, length, self.flags))
+            elif self.compressed:
+                await writing(self.target.node.write_compressed(offset, data))
+            else:
+                await writing(self.target.write(offset, data))
+        return length
 
 
 def _check(source: Edge, target: Edge, offset: int, length: int) -> None:
@@ -91,12 +181,11 @@ def _check(source: Edge, target: Edge, offset: int, length: int) -> None:
         raise CopyFailed(Side.TARGET, PermissionError(errno.EPERM, what))
 
 
-def _cluster(target: Edge) -> int:
-    """Bytes that the image below writes compressed as one; 1 where it has no clusters."""
-    node = target.node
+def _grain(node: Node) -> int:
+    """Bytes that the image below maps, or writes compressed, as one; 1 where it has no clusters."""
     while node.filtered is not None:
         node = node.filtered.node
-    return node.driver.cluster_size() or 1
+    return max(node.driver.cluster_size(), node.driver.map_granularity, 1)
 
 
 async def run_at(source: Edge, offset: int, length: int) -> BlockStatus:
@@ -119,5 +208,7 @@ async def writing(request: Awaitable[None]) -> None:
     """Await a request to the target. Raises CopyFailed."""
     try:
         await request
+    except SourceUnreadable as error:
+        raise CopyFailed(Side.SOURCE, error) from error
     except OSError as error:
         raise CopyFailed(Side.TARGET, error) from error

@@ -26,6 +26,7 @@ from livedisk.emulator.errors import BlockError
 if TYPE_CHECKING:
     from livedisk.emulator.block.creation import BlockdevAmendOptions, BlockdevCreateOptions
     from livedisk.emulator.block.debug import Breakpoints, Debugger
+    from livedisk.emulator.block.extents import Extents
     from livedisk.emulator.block.graph import Graph
     from livedisk.emulator.block.node import Edge, Node
     from livedisk.emulator.block.status import BlockStatus
@@ -71,6 +72,8 @@ class Driver(ABC):
     """Only opened from inside (a job's own filter): users do not find it among the drivers."""
     request_alignment: int = 1
     """Smallest offset and length, in bytes, served without a bounce buffer."""
+    copies_in: ClassVar[bool] = False
+    """Whether `copy_in` is more than reading and writing."""
     map_granularity: int = 0
     """Bytes that are mapped as one (the cluster or sub-cluster size); 0: the mapping is one straight line."""
 
@@ -197,6 +200,11 @@ class Driver(ABC):
         """Write without awaiting, allocating if need be: True; or False, having changed nothing: `write` does it. Optional, for
         speed; called from the fast path while no request in flight touches the range. Raises OSError as `write` does."""
         return False
+
+    async def copy_in(self, offset: int, extents: Extents) -> None:
+        """Write bytes that stand in host files, passing them on to where they will stand, so that the kernel moves them. Only
+        asked of a driver that says `copies_in`. Raises OSError; SourceUnreadable where they cannot be read."""
+        raise NotImplementedError(f"driver {self.name} has no copy_in")
 
     async def write_zeroes(self, offset: int, length: int, flags: ZeroFlags) -> None:
         """Zero the range. Raises ENOTSUP, having changed nothing, where this driver has no quicker way than writing
@@ -330,6 +338,11 @@ class Driver(ABC):
         """ImageInfo's cluster-size in bytes, or 0. A filter has that of what it shows."""
         edge = self.node.filtered
         return edge.node.driver.cluster_size() if edge is not None else 0
+
+    def vm_state_offset(self) -> int:
+        """Where a machine's state would stand in the image, as an offset past the disk (bytes), or 0."""
+        edge = self.node.filtered
+        return edge.node.driver.vm_state_offset() if edge is not None else 0
 
     def specific_info(self) -> Mapping[str, Any] | None:
         """ImageInfo's format-specific member: ``{"type": ..., "data": {...}}``."""

@@ -106,6 +106,25 @@ def protocol_options(node: Node, filename: str) -> BlockdevOptions:
     return make(driver=name, filename=path)
 
 
+def image_options(node: Node, filename: str, fmt: str, **generic: Any) -> BlockdevOptions:
+    """Options of an image of format ``fmt`` that a command gives by name, without its backing file; ``node`` is one of the same
+    graph. ``generic``: further options. Raises BlockError in QEMU's words."""
+    file = protocol_options(node, filename)
+    if driver_class(file.driver).is_format and filename.startswith("json:"):
+        if file.driver != fmt:
+            raise BlockError(f"'{filename}' is of format '{file.driver}', not '{fmt}'")
+        return msgspec.structs.replace(file, **generic)
+    cls = DRIVERS.get(fmt)
+    if cls is None or cls.internal:
+        raise BlockError(f"Unknown driver '{fmt}'")
+    if file.driver == fmt:
+        return msgspec.structs.replace(file, **generic)
+    if cls.supports_backing:
+        generic["backing"] = None
+    make: Callable[..., BlockdevOptions] = cls.Options
+    return make(driver=fmt, file=file, **generic)
+
+
 def _named_child(node: Node, cls: type[Driver], key: str, value: Any) -> Any:
     """A value that a file name gave: of a child, the options that its own file name means."""
     return protocol_options(node, value) if key in cls.filename_children else value
@@ -190,8 +209,8 @@ async def _open_named(node: Node, filename: str, fmt: str | None) -> Edge:
     return await node.graph.open_child(node, make(driver=cls.name, file=options), "backing", Role.COW)
 
 
-async def _check_raw(node: Node, options: BlockdevOptions, filename: str) -> None:
-    """Raise BlockError if a file without a recorded format looks like anything but raw data."""
+async def claimed_format(node: Node, options: BlockdevOptions) -> str | None:
+    """The format other than raw that the content of a protocol node claims; opened for the look as a backing file of ``node``."""
     look = await node.graph.open(
         msgspec.structs.replace(options, read_only=True, node_name=UNSET), parent=node, role=Role.COW
     )
@@ -200,7 +219,12 @@ async def _check_raw(node: Node, options: BlockdevOptions, filename: str) -> Non
         await look.read(0, memoryview(start))
     finally:
         await node.graph.release(look)
-    found = looks_like(bytes(start))
+    return looks_like(bytes(start))
+
+
+async def _check_raw(node: Node, options: BlockdevOptions, filename: str) -> None:
+    """Raise BlockError if a file without a recorded format looks like anything but raw data."""
+    found = await claimed_format(node, options)
     if found is not None:
         raise BlockError(
             f"the format of backing file '{filename}' is not recorded in the image, and its content looks like {found}",

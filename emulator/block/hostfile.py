@@ -65,15 +65,16 @@ class HostFile:
     ``fd``: the descriptor; its number never changes. ``alignment``: smallest offset, length and address in bytes that
     the descriptor takes (1 when buffered). ``inline_flags``: the flags with which ``preadv`` does not block, or None
     where every read may. ``inline_writes``: whether ``pwrite`` only copies to a cache. ``highest``: largest offset
-    written to, exclusive, bytes.
+    written to, exclusive, bytes. ``turn``: held while a copy into the file is under way (`extents.py`).
     """
 
-    __slots__ = ("alignment", "fd", "highest", "inline_flags", "inline_writes", "path")
+    __slots__ = ("alignment", "fd", "highest", "inline_flags", "inline_writes", "path", "turn")
 
     def __init__(self, fd: int, path: str, *, alignment: int = 1) -> None:
         self.fd = fd
         self.path = path
         self.highest = 0
+        self.turn = asyncio.Lock()
         self._describe(alignment)
 
     def _describe(self, alignment: int) -> None:

@@ -20,11 +20,14 @@ from __future__ import annotations
 import asyncio
 import errno
 import os
+from collections.abc import Callable
 from contextlib import asynccontextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Protocol
 
 from livedisk.emulator.block.bitmaps import Bitmaps
 from livedisk.emulator.block.debug import Event, primary, tell
+from livedisk.emulator.block.extents import Extents, copy_buffer
 from livedisk.emulator.block.permissions import Perm, Role
 from livedisk.emulator.block.types import DetectZeroes, Discard, Kind, NotMapped, Preallocation, Segment, ZeroFlags
 
@@ -93,6 +96,12 @@ class Edge:
         if not self.perm & (Perm.WRITE | Perm.WRITE_UNCHANGED):
             raise PermissionError(errno.EPERM, f"no write permission on node '{self.node.name}' as '{self.name}'")
         await self.node.write(offset, data)
+
+    async def copy_in(self, offset: int, extents: Extents) -> None:
+        """Write bytes that stand in host files to the child. Raises EPERM if the edge does not hold the permission."""
+        if not self.perm & (Perm.WRITE | Perm.WRITE_UNCHANGED):
+            raise PermissionError(errno.EPERM, f"no write permission on node '{self.node.name}' as '{self.name}'")
+        await self.node.copy_in(offset, extents)
 
     async def prefetch(self, offset: int, length: int) -> None:
         """Bring what the child has of the range into the host's cache."""
@@ -278,6 +287,10 @@ class Node:
         finally:
             self._end(request)
 
+    async def hold(self, offset: int, length: int) -> Callable[[], None]:
+        """Be in flight as a read of the range is, until the answer is called: what stands there stays there."""
+        return partial(self._end, await self._begin(offset, length))
+
     # -- where -----------------------------------------------------------------------------------------------------
     async def map(self, offset: int, length: int) -> Segment:
         """This node's own answer for the start of the range, reading metadata as needed."""
@@ -357,6 +370,30 @@ class Node:
         finally:
             self.written(offset, len(data))
             self._end(request)
+
+    async def copy_in(self, offset: int, extents: Extents) -> None:
+        """Write bytes that stand in host files at ``offset`` (bytes). Raises SourceUnreadable where they cannot be read."""
+        self.check_writable()
+        if not self.driver.copies_in or self.detect_zeroes is not DetectZeroes.OFF:
+            await self._write_extents(offset, extents)
+            return
+        step, length = self.driver.request_alignment, len(extents)
+        if (offset | length) % step:
+            request = await self._begin_serialising(offset, length, step)
+        else:
+            request = await self._begin(offset, length)
+        try:
+            await self.driver.copy_in(offset, extents)
+        finally:
+            self.written(offset, length)
+            self._end(request)
+
+    async def _write_extents(self, offset: int, extents: Extents) -> None:
+        with copy_buffer() as buffer:
+            for start in range(0, len(extents), len(buffer)):
+                with memoryview(buffer) as whole, whole[: len(extents) - start] as part:
+                    await extents[start : start + len(part)].read(part)
+                    await self.write(offset + start, part)
 
     async def write_zeroes(
         self, offset: int, length: int, flags: ZeroFlags = ZeroFlags.NONE, *, fua: bool = False

@@ -149,11 +149,12 @@ class PointInTime:
         end = self._count if offset + length >= self.size else (offset + length) >> self._shift
         return -(-offset >> self._shift), end
 
-    def dirty_runs(self) -> Iterable[tuple[int, int]]:
-        """What was not copied: offset and length, bytes, inside the node."""
+    def missing_runs(self) -> Iterable[tuple[int, int]]:
+        """What is not copied, or not yet: offset and length, bytes, inside the node."""
+        missing = self._dirty | self._busy
         start = 0
-        while (start := self._dirty.find(1, start)) >= 0:
-            stop = self._dirty.find(0, start)
+        while (start := missing.find(1, start)) >= 0:
+            stop = missing.find(0, start)
             stop = self._count if stop < 0 else stop
             yield start << self._shift, min(stop << self._shift, self.size) - (start << self._shift)
             start = stop

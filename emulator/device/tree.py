@@ -53,7 +53,11 @@ class DeviceTree:
         """The device of that id, or of that QOM path (its own or its backend's); None where there is none."""
         if not name:
             return None
-        return next((device for device in self._devices if name in (device.id, device.path, device.backend_path)), None)
+        return next((device for device in self._devices if name in device.names), None)
+
+    def find_drive(self, name: str) -> VirtioBlk | None:
+        """The device whose block device has that name."""
+        return next((device for device in self._devices if name and name == device.id), None)
 
     def get(self, name: str) -> VirtioBlk:
         """As `find`; raises DeviceNotFound."""

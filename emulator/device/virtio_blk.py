@@ -181,6 +181,12 @@ class VirtioBlk:
     def _resized(self) -> None:
         self.config_generation += 1
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        """What users may call it: its id, its path, the path of its virtio part; absolute, or from where devices with ids are."""
+        own = (self.path, self.backend_path)
+        return (self.id, *own, f"{self.id}/virtio-backend") if self.id else own
+
     # -- what a driver sees --------------------------------------------------------------------------------------------
     @property
     def size(self) -> int:

@@ -138,7 +138,7 @@ class CopyBeforeWrite(Driver):
             bitmap.check_usable(allow_read_only=True)
             if bitmap.size != self.moment.size:
                 raise BlockError(
-                    f"Bitmaps are of different sizes (destination size is {self.moment.size} and source size is "
+                    f"Bitmaps are of different sizes (destination size is {self.moment.size}, source size is "
                     f"{bitmap.size}) and can't be merged"
                 )
         except BlockError as error:

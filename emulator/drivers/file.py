@@ -36,6 +36,7 @@ import msgspec
 
 from livedisk.emulator.block import fallocate, pagecache
 from livedisk.emulator.block.driver import Driver, register
+from livedisk.emulator.block.extents import Extents, copy_extents
 from livedisk.emulator.block.hostfile import HostFile, direct_alignment, in_thread
 from livedisk.emulator.block.imagelock import ImageLock
 from livedisk.emulator.block.node import ZERO_CHUNK
@@ -87,6 +88,7 @@ class FileDriver(Driver):
     """A regular file."""
 
     name = "file"
+    copies_in = True
     Options = FileOptions
     options: FileOptions
 
@@ -228,6 +230,10 @@ class FileDriver(Driver):
     async def write(self, offset: int, data: memoryview) -> None:
         await self.host.write(offset, data)
         self.grown(offset + len(data))
+
+    async def copy_in(self, offset: int, extents: Extents) -> None:
+        await copy_extents(extents, self.host, offset)
+        self.grown(offset + len(extents))
 
     def grown(self, end: int) -> None:
         """Something was written up to ``end`` (bytes), maybe straight to the host file."""

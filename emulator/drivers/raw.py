@@ -15,6 +15,7 @@ import msgspec
 
 from livedisk.emulator.block.debug import Debugger, Event, tell
 from livedisk.emulator.block.driver import Driver, register
+from livedisk.emulator.block.extents import Extents
 from livedisk.emulator.block.node import Edge
 from livedisk.emulator.block.options import BlockdevOptions, BlockdevRef, Natural
 from livedisk.emulator.block.permissions import Perm, Role
@@ -40,6 +41,7 @@ class RawDriver(Driver):
     Options = RawOptions
     options: RawOptions
     is_format = True
+    copies_in = True
 
     async def open(self) -> None:
         part = self.options.offset or self.options.size is not msgspec.UNSET
@@ -82,6 +84,9 @@ class RawDriver(Driver):
     def debugger(self) -> Debugger | None:
         return self._edge.node.driver.debugger
 
+    def vm_state_offset(self) -> int:
+        return self._edge.node.driver.vm_state_offset()
+
     def cluster_size(self) -> int:
         return self._edge.node.driver.cluster_size()
 
@@ -95,6 +100,10 @@ class RawDriver(Driver):
         self._check_inside(offset, len(data))
         await tell(self._edge, Event.WRITE_AIO)
         await self._edge.write(self._offset + offset, data)
+
+    async def copy_in(self, offset: int, extents: Extents) -> None:
+        self._check_inside(offset, len(extents))
+        await self._edge.copy_in(self._offset + offset, extents)
 
     async def write_zeroes(self, offset: int, length: int, flags: ZeroFlags) -> None:
         self._check_inside(offset, length)

@@ -18,11 +18,12 @@ Source: QEMU ``qapi/block-core.json`` (BlockdevSnapshotSync, BlockdevSnapshot), 
 from __future__ import annotations
 
 import enum
-from typing import Any
 
 from livedisk.emulator.block.blockers import check_not_busy
 from livedisk.emulator.block.driver import DRIVERS
+from livedisk.emulator.block.gate import image_options
 from livedisk.emulator.block.node import Node
+from livedisk.emulator.block.options import CacheOptions
 from livedisk.emulator.block.permissions import Perm, Role
 from livedisk.emulator.block.reopen import set_read_only
 from livedisk.emulator.errors import BlockError
@@ -118,19 +119,16 @@ async def create_image(path: str, fmt: str, backing: Node) -> None:
 
 async def _open_overlay(ctx: Context, args: BlockdevSnapshotSync, old: Node) -> Node:
     """Open the image without its backing file, with the settings of the old node."""
-    options: dict[str, Any] = {
-        "driver": args.format,
-        "file": {"driver": "file", "filename": args.snapshot_file},
-        "read-only": old.read_only,
-        "discard": str(old.discard_mode),
-        "cache": {"direct": old.cache_direct, "no-flush": old.cache_no_flush},
-    }
-    if args.snapshot_node_name is not UNSET:
-        options["node-name"] = args.snapshot_node_name
-    driver = DRIVERS.get(args.format)
-    if driver is not None and driver.supports_backing:
-        options["backing"] = None
-    return await ctx.daemon.graph.open(ctx.daemon.parse_options(options))
+    options = image_options(
+        old,
+        args.snapshot_file,
+        args.format,
+        read_only=old.read_only,
+        discard=old.discard_mode,
+        cache=CacheOptions(direct=old.cache_direct, no_flush=old.cache_no_flush),
+        node_name=args.snapshot_node_name,
+    )
+    return await ctx.daemon.graph.open(options)
 
 
 async def _put_on_top(ctx: Context, old: Node, overlay: Node, run: Run) -> None:

@@ -113,9 +113,10 @@ def _load_commands() -> None:
     """The built-in commands register while their module is imported, which needs this one first."""
     global _commands_loaded
     if not _commands_loaded:
-        from livedisk.emulator.qmp import hmp_commands
+        from livedisk.emulator.qmp import hmp_commands, hmp_io
 
         assert hmp_commands
+        assert hmp_io
         _commands_loaded = True
 
 
@@ -159,7 +160,7 @@ def _arguments(command: HmpCommand, text: str) -> dict[str, Any]:
         if kind[0] == "S":
             values[name], text = text, ""
             continue
-        word, text = _word(command, text)
+        word, text = _word(command, text, _WANTED[kind[0]])
         values[name] = _READERS[kind[0]](command, word)
     if text:
         raise HmpError(f"{command.name}: extraneous characters at the end of line\n{_hint(command)}")
@@ -181,10 +182,10 @@ def _hint(command: HmpCommand) -> str:
     return f'Try "help {topic}" for more information\n'
 
 
-def _word(command: HmpCommand, text: str) -> tuple[str, str]:
+def _word(command: HmpCommand, text: str, wanted: str) -> tuple[str, str]:
     match = _WORD.match(text)
     if match is None or (match[1] is None and match[2].startswith('"')):
-        raise HmpError(f"{command.name}: unterminated string\n{_hint(command)}")
+        raise HmpError(f"{command.name}: {wanted} expected\n{_hint(command)}")
     word = re.sub(r"\\(.)", lambda escape: {"n": "\n", "r": "\r"}.get(escape[1], escape[1]), match[1] or "")
     return match[2] or word, text[match.end() :].strip()
 

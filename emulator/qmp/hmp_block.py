@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from livedisk.emulator.qmp.encode import ordered
@@ -102,10 +102,15 @@ def _image(image: Wire) -> Iterator[str]:
     if image.get("snapshots"):
         yield "Snapshot list:"
         yield from snapshot_table(image["snapshots"])
-    specific = image.get("format-specific", {}).get("data")
-    if specific:
+    yield from specific_lines(image.get("format-specific"))
+
+
+def specific_lines(specific: Mapping[str, Any] | None) -> Iterator[str]:
+    """An image's format-specific information, below a heading; nothing where there is none."""
+    data = (specific or {}).get("data")
+    if data:
         yield "Format specific information:"
-        yield from _tree(specific, 1)
+        yield from _tree(data, 1)
 
 
 def _backing(image: Wire) -> str:

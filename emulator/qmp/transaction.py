@@ -59,12 +59,14 @@ class Run:
     ``steps``: what undoes or finishes what has been done, synchronously. ``afterwards``: what then remains, awaited in
     order whether the transaction succeeded or not (closing what nobody uses any more). ``on_success``: likewise, only
     after success, before ``afterwards``; the outcome stands, so what it raises is logged and not answered.
-    ``properties``: the transaction's own.
+    ``properties``: the transaction's own. ``shared``: what several actions of one kind have in common, by its class.
     """
 
     def __init__(self, ctx: Context, properties: TransactionProperties) -> None:
         self.properties = properties
         self.steps = Transaction()
+        self.shared: dict[type, Any] = {}
+        self._earlier: list[tuple[Transaction, Callable[[], Awaitable[None]]]] = []
         self.on_success: list[Callable[[], Awaitable[None]]] = []
         self.afterwards: list[Callable[[], Awaitable[None]]] = []
         self._graph = ctx.daemon.graph
@@ -74,8 +76,15 @@ class Run:
         """Keep all requests off the node until the transaction is over; on return none is in flight."""
         await self._held.enter_async_context(self._graph.drained(node))
 
+    def undo_by(self, call: Callable[[], Awaitable[None]]) -> None:
+        """What was just done is undone by awaiting ``call``, in its turn among ``steps``. It must not fail."""
+        self._earlier.append((self.steps, call))
+        self.steps = Transaction()
+
     async def finish(self) -> None:
         """Commit, then let requests in again."""
+        for steps, _ in self._earlier:
+            steps.commit()
         self.steps.commit()
         for call in self.on_success:
             try:
@@ -87,6 +96,9 @@ class Run:
     async def undo(self) -> None:
         """Take everything back, then let requests in again."""
         self.steps.abort()
+        for steps, call in reversed(self._earlier):
+            await call()
+            steps.abort()
         await self._close()
 
     async def _close(self) -> None:
@@ -150,10 +162,11 @@ async def transaction(ctx: Context, args: TransactionArguments) -> None:
 async def run_actions(ctx: Context, actions: list[TransactionAction], properties: TransactionProperties) -> None:
     """Prepare all, then commit all; or undo those that were prepared, and raise."""
     run = Run(ctx, properties)
+    for one in actions:
+        if properties.completion_mode is ActionCompletionMode.GROUPED and one.type not in _GROUPED:
+            raise BlockError(f"Action '{one.type}' does not support transaction property completion-mode = grouped")
     try:
         for one in actions:
-            if properties.completion_mode is ActionCompletionMode.GROUPED and one.type not in _GROUPED:
-                raise BlockError(f"Action '{one.type}' does not support transaction property completion-mode = grouped")
             await ACTIONS[one.type][1](ctx, one.data, run)  # type: ignore[attr-defined]
     except BaseException:
         await run.undo()

@@ -5,8 +5,8 @@ with the events of that job, not how they interleave. Differences that are meant
 
 * SHUTDOWN is QEMU's emulator's, not its storage daemon's.
 * QEMU pauses and resumes a job whenever its nodes are drained, and tells: how often depends on how its drains nest. An
-  internal pause that a user did not ask for is therefore left out (`Played.told`).
-* A job that was cancelled tells how far it had come, which is a matter of speed (`UNEQUAL`).
+  internal pause that a user did not ask for is therefore left out (`kit.job_scripts`).
+* A job that was cancelled tells how far it had come, which is a matter of speed (likewise).
 * After an active commit that was cancelled when ready, QEMU leaves the base writable that it made so; here it is read-only again.
 * The nodes of a job that is concluded but kept are free here; in QEMU they are blocked until it is dismissed.
 * A mirror that waits to be finalized holds the guest in QEMU, and so is paused; here the guest writes on.
@@ -17,23 +17,15 @@ with the events of that job, not how they interleave. Differences that are meant
 from __future__ import annotations
 
 import json
-import re
-import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from kit.livedisk import Daemon
-from kit.qemu import StorageDaemon, check, create, info, qemu_io, read_all
-from kit.qmp import Qmp, QmpError
-
-Step = tuple[str, dict[str, Any]] | str
-"""A command with its arguments; or the name of an event (or "status of a job") to wait for."""
+from kit.job_scripts import Stage, Step, assert_alike, c
+from kit.qemu import create, qemu_io
 
 SLOW = 65536
-UNEQUAL = {"BLOCK_JOB_CANCELLED": ("offset", "len")}
-"""Members of events that are not compared."""
 
 
 def images(folder: Path) -> None:
@@ -67,10 +59,6 @@ def options(folder: Path) -> list[str]:
             node["backing"] = None
         given += ["--blockdev", json.dumps(node)]
     return given
-
-
-def c(command: str, /, **arguments: Any) -> Step:
-    return command, {name.replace("_", "-"): value for name, value in arguments.items()}
 
 
 def stream(**more: Any) -> Step:
@@ -267,97 +255,11 @@ SCRIPTS: dict[str, list[Step]] = {
 }
 
 
-class Played:
-    """What a script came to: replies in order, events a job, the chain on disk of every image, the bytes of each."""
-
-    def __init__(self, peer: type[StorageDaemon], folder: Path, script: list[Step], scratch: Path) -> None:
-        folder.mkdir()
-        images(folder)
-        self._folder = folder
-        self._compares_read_only = script is not SCRIPTS["active commit cancelled"]
-        self.replies: list[Any] = []
-        self.events: list[Any] = []
-        with peer(folder, *options(folder), nbd=False) as daemon, daemon.qmp(timeout=20) as qmp:
-            self._qmp = qmp
-            for step in script:
-                if isinstance(step, str):
-                    self._wait(step)
-                else:
-                    self.replies.append(self._ask(qmp, *step))
-            self._collect()
-            self.replies.append(self._comparable(self._graph(qmp)))
-            self._collect()
-        self.chains = {}
-        for name in ("a", "b", "c", "d", "t", "u"):
-            path = folder / f"{name}.qcow2"
-            check(path)
-            self.chains[name] = self._comparable([one["filename"] for one in info(path, "--backing-chain")])
-        self.bytes = {name: read_all(folder / f"{name}.qcow2", scratch) for name in ("d", "t")}
-
-    def _ask(self, qmp: Qmp, command: str, arguments: dict[str, Any]) -> Any:
-        arguments = json.loads(json.dumps(arguments).replace("FOLDER", str(self._folder)))
-        try:
-            answer = qmp.call(command, arguments)
-        except QmpError as error:
-            return self._comparable({"class": error.kind, "desc": error.desc})
-        finally:
-            self._collect()
-        return self._comparable(answer)
-
-    def _comparable(self, answer: Any) -> Any:
-        text = json.dumps(answer, sort_keys=True).replace(str(self._folder), "")
-        # Whether it works at this very moment is a matter of chance.
-        return json.loads(re.sub(r'"busy": \w+', '"busy": 0', text))
-
-    def _graph(self, qmp: Qmp) -> list[Any]:
-        nodes = qmp.execute("query-named-block-nodes", flat=True)
-        members = (
-            ("node-name", "drv", "ro", "backing_file")
-            if self._compares_read_only
-            else ("node-name", "drv", "backing_file")
-        )
-        found = [{name: node[name] for name in members if name in node} for node in nodes]
-        return sorted((one for one in found if not one["node-name"].startswith("#")), key=lambda one: one["node-name"])
-
-    def _wait(self, status: str) -> None:
-        deadline = time.monotonic() + 20
-        while not any(event[1].get("status") == status for event in self.events):
-            assert time.monotonic() < deadline, f"no {status}: {self.events}"
-            time.sleep(0.01)
-            self._qmp.execute("query-version")
-            self._collect()
-        # The next one waits for one that is to come.
-        self.events = [
-            (name, {**data, "status": f"*{data['status']}"} if "status" in data else data) for name, data in self.events
-        ]
-
-    def _collect(self) -> None:
-        while self._qmp.events:
-            event = self._qmp.events.popleft()
-            self.events.append((event["event"], event.get("data", {})))
-
-    def told(self) -> list[Any]:
-        """The events, without the pauses that nobody asked for, and whatever SHUTDOWN."""
-        kept: list[Any] = []
-        for name, data in self.events:
-            left_out = UNEQUAL.get(name, ())
-            one = (name, {key: str(value).removeprefix("*") for key, value in data.items() if key not in left_out})
-            kept.append(one)
-        statuses = [one[1].get("status") for one in kept]
-        drop: set[int] = set()
-        for index, status in enumerate(statuses):
-            if status in ("paused", "standby") and statuses[index + 1 : index + 2] in (["running"], ["ready"]):
-                drop |= {index, index + 1}
-        return [one for index, one in enumerate(kept) if index not in drop]
+def stage(name: str) -> Stage:
+    members = ("node-name", "drv", "backing_file") if name == "active commit cancelled" else Stage.members
+    return Stage(prepare=images, options=options, images="abcdtu", contents="dt", members=members)
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_replies_events_and_images_are_those_of_qemu(name: str, short_path: Path, tmp_path: Path) -> None:
-    theirs = Played(StorageDaemon, short_path / "q", SCRIPTS[name], tmp_path)
-    ours = Played(Daemon, short_path / "l", SCRIPTS[name], tmp_path)
-    asked = [*(step for step in SCRIPTS[name] if not isinstance(step, str)), "the nodes at the end"]
-    for step, one, other in zip(asked, theirs.replies, ours.replies, strict=True):
-        assert other == one, step
-    assert ours.told() == theirs.told()
-    assert ours.chains == theirs.chains
-    assert ours.bytes == theirs.bytes
+    assert_alike(stage(name), SCRIPTS[name], short_path, tmp_path)

@@ -41,6 +41,7 @@ class Qmp:
         oob: bool = False,
         timeout: float = 30,
     ) -> None:
+        self.address = address
         self.timeout = timeout
         self.events: deque[dict[str, Any]] = deque()
         self._ids = itertools.count(1)

@@ -7,8 +7,10 @@ by relative names, so that both answer with the same. What cannot be equal is ev
 
 from __future__ import annotations
 
+import difflib
 import json
 import re
+import secrets
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -60,10 +62,12 @@ def step(command: str, /, **arguments: Any) -> Step:
 @contextmanager
 def session(command: Sequence[str], folder: Path, options: Sequence[str] = MACHINE) -> Iterator[Qmp]:
     """A peer started in ``folder``, with a QMP connection."""
-    arguments = [*command, *options, "-qmp", "unix:./qmp,server=on,wait=off"]
+    # A name of its own: that somebody listens is looked up by the name alone, and other sessions run beside this one.
+    name = f"./qmp-{secrets.token_hex(4)}"
+    arguments = [*command, *options, "-qmp", f"unix:{name},server=on,wait=off"]
     with Process(arguments, log=folder / "log", cwd=folder) as process:
-        process.wait_for_socket(folder / "qmp", bound_as="./qmp")
-        with Qmp(folder / "qmp") as qmp:
+        process.wait_for_socket(folder / name, bound_as=name)
+        with Qmp(folder / name) as qmp:
             yield qmp
 
 
@@ -153,5 +157,7 @@ def differences(path: str, theirs: Any, ours: Any) -> Iterator[str]:
     elif isinstance(theirs, (list, tuple)) and isinstance(ours, (list, tuple)) and len(theirs) == len(ours):
         for index, pair in enumerate(zip(theirs, ours, strict=True)):
             yield from differences(f"{path}[{index}]", *pair)
+    elif isinstance(theirs, list) and isinstance(ours, list) and all(isinstance(one, str) for one in [*theirs, *ours]):
+        yield "\n".join([path, *difflib.unified_diff(theirs, ours, "theirs", "ours", lineterm="", n=1)])
     elif theirs != ours:
         yield f"{path}: theirs {json.dumps(theirs)[:1000]}\n     ours   {json.dumps(ours)[:1000]}"

@@ -45,16 +45,26 @@ class Writer(Process):
     """The client: random writes and zero-writes at ``depth`` on the ``size`` bytes of ``uri``, reads compared in
     between.
 
-    ``folder`` takes its log. It starts at once; `finish` ends it in order and returns what it did.
+    ``pause`` (seconds) makes it slower: fast as it is, no mirror catches up with it. ``folder`` takes its log. It
+    starts at once; `finish` ends it in order and returns what it did.
     """
 
     def __init__(
-        self, uri: str, size: int, folder: Path, *, depth: int = 8, seed: int = 1, name: str = "writer"
+        self,
+        uri: str,
+        size: int,
+        folder: Path,
+        *,
+        depth: int = 8,
+        seed: int = 1,
+        pause: float = 0,
+        name: str = "writer",
     ) -> None:
         self._history = folder / f"{name}.json"
         self.size = size
         program = str(Path(__file__).with_name("writer_child.py"))
-        arguments = [SYSTEM_PYTHON, "-I", program, uri, str(size), str(depth), str(seed), str(self._history)]
+        arguments = [SYSTEM_PYTHON, "-I", program, uri, str(size), str(depth), str(seed), str(pause)]
+        arguments.append(str(self._history))
         super().__init__(arguments, log=folder / f"{name}.log", stdin=subprocess.PIPE)
         self.wait_for_output("writing")
 
@@ -83,9 +93,9 @@ class History:
         end = max([last, *(w.acknowledged for w in self.writes)]) + 1
         self.check_moment(image, end, end)
 
-    def check_moment(self, image: bytes, before: int, after: int) -> None:
+    def check_moment(self, image: bytes, before: int, after: int) -> tuple[int, int]:
         """``image`` is the state at one moment between the times ``before`` and ``after``. Raises
-        `AssertionError`."""
+        `AssertionError`. Returns when that was: not before the one time, not after the other."""
         if len(image) != self.size:
             raise AssertionError(f"the image has {len(image)} bytes, not {self.size}")
         latest_included = (0, -1)
@@ -107,6 +117,7 @@ class History:
                 f"not one moment: block {latest_included[1]} has a write that was issued at {latest_included[0]}, "
                 f"block {earliest_excluded[1]} lacks one that was acknowledged at {earliest_excluded[0]}"
             )
+        return latest_included[0], earliest_excluded[0]
 
     def _explain(self, block: int, found: int, before: int, after: int) -> str:
         writes = "".join(

@@ -1,10 +1,10 @@
 """The writing process of `kit.writer`. Run isolated under Debian's Python: ``writer_child.py URI SIZE DEPTH SEED
-LOG``.
+PAUSE LOG``.
 
-Keeps ``DEPTH`` writes in flight on random blocks, never two on one block, until its standard input is closed; then
-it waits for all, flushes, and writes ``LOG``: one JSON list ``[block, content, issued, acknowledged]`` a write,
-times from CLOCK_MONOTONIC in nanoseconds, which all processes of a machine share. In between it reads blocks back
-and compares.
+Keeps ``DEPTH`` writes in flight on random blocks, never two on one block, with ``PAUSE`` seconds between two turns, until
+its standard input is closed; then it waits for all, flushes, and writes ``LOG``: one JSON list ``[block, content, issued,
+acknowledged]`` a write, times from CLOCK_MONOTONIC in nanoseconds, which all processes of a machine share. In between it
+reads blocks back and compares.
 
 A block's content is its number and the write's number, repeated; content 0 is a block of zeroes (a write-zeroes request).
 """
@@ -28,12 +28,13 @@ def content_of(block, number):
 
 
 class Writer:
-    def __init__(self, uri, size, depth, seed):
+    def __init__(self, uri, size, depth, seed, pause):
         self.random = random.Random(seed)
         self.handle = nbd.NBD()
         self.handle.connect_uri(uri)
         self.blocks = size // BLOCK
         self.depth = depth
+        self.pause = pause
         self.busy = set()
         self.last = {}
         self.history = []
@@ -91,6 +92,7 @@ class Writer:
             while self.in_flight < self.depth:
                 self.submit()
             self.handle.poll(-1)
+            time.sleep(self.pause)
         while self.in_flight and self.failure is None:
             self.handle.poll(-1)
         if self.failure is not None:
@@ -100,8 +102,8 @@ class Writer:
 
 
 def main():
-    uri, size, depth, seed, log = sys.argv[1:]
-    writer = Writer(uri, int(size), int(depth), int(seed))
+    uri, size, depth, seed, pause, log = sys.argv[1:]
+    writer = Writer(uri, int(size), int(depth), int(seed), float(pause))
     print("writing", flush=True)
     writer.run()
     with open(log, "w", encoding="ascii") as out:

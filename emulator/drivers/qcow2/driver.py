@@ -21,6 +21,7 @@ import msgspec
 
 from livedisk.emulator.block import gate
 from livedisk.emulator.block.driver import Driver, Moment, register
+from livedisk.emulator.block.extents import Extents
 from livedisk.emulator.block.node import Edge, Node
 from livedisk.emulator.block.options import BlockdevOptions
 from livedisk.emulator.block.permissions import Role
@@ -54,6 +55,7 @@ class Qcow2(Driver):
     Options: ClassVar[type[BlockdevOptions]] = Qcow2Options
     is_format: ClassVar[bool] = True
     supports_backing: ClassVar[bool] = True
+    copies_in: ClassVar[bool] = True
 
     def __init__(self, node: Node, options: Qcow2Options) -> None:
         super().__init__(node, options)
@@ -200,6 +202,12 @@ class Qcow2(Driver):
             await self.image.before_change()
         await self.image.writer.write(offset, data)
 
+    async def copy_in(self, offset: int, extents: Extents) -> None:
+        self._check_usable()
+        if self.image.bitmaps_trusted:
+            await self.image.before_change()
+        await self.image.writer.write(offset, extents)
+
     def write_now(self, offset: int, data: memoryview) -> bool:
         return not (self._inactive or self.image.storage.dead) and self.image.writer.write_now(offset, data)
 
@@ -302,6 +310,10 @@ class Qcow2(Driver):
 
     def cluster_size(self) -> int:
         return self.image.geometry.cluster_size
+
+    def vm_state_offset(self) -> int:
+        geometry = self.image.geometry
+        return geometry.l1_entries(self.size) << geometry.l2_span_bits
 
     def dirty_flag(self) -> bool:
         return self.image.header.dirty

@@ -23,6 +23,7 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 from livedisk.emulator.block.debug import Event
+from livedisk.emulator.block.extents import Extents
 from livedisk.emulator.block.types import DetectZeroes, NotMapped, ZeroFlags
 from livedisk.emulator.drivers.file import FileDriver
 from livedisk.emulator.drivers.qcow2.cache import Table
@@ -34,6 +35,8 @@ if TYPE_CHECKING:
 
 MAX_MERGED: Final = 2 << 20
 """Bytes: up to here data and copied surroundings go out in one write."""
+MAX_COPIED: Final = 16 << 20
+"""Bytes: clusters up to here are allocated at once for data that the kernel copies from file to file."""
 MAX_INLINE: Final = 1 << 20
 """Bytes copied to the page cache at once: as much as `HostFile` does inline."""
 _BIG_ZERO: Final = 64 << 10
@@ -76,9 +79,10 @@ class Writer:
         self._past_end: list[_Plan] = []
 
     # -- requests ------------------------------------------------------------------------------------------------------
-    async def write(self, offset: int, data: memoryview) -> None:
+    async def write(self, offset: int, data: memoryview | Extents) -> None:
         """Write ``data`` at guest ``offset`` (bytes). Raises OSError."""
         image, position, end = self.image, 0, len(data)
+        most = MAX_MERGED if isinstance(data, memoryview) else MAX_COPIED
         tables, told = image.tables, -1
         while position < end:
             at = offset + position
@@ -90,7 +94,7 @@ class Writer:
             if run.state is State.NORMAL and run.copied:
                 await image.check_run(run, at)
                 await image.storage.tell(Event.WRITE_AIO)
-                await image.storage.data.write(run.host, data[position : position + run.length])
+                await self._put(run.host, data[position : position + run.length])
                 position += run.length
             elif run.state is State.INVALID:
                 raise await image.storage.corrupt(tables.damage(at))
@@ -99,7 +103,7 @@ class Writer:
                     told = position
                     await image.storage.tell(Event.CLUSTER_ALLOC)
                     continue  # it may have been held, and the mapping be another one
-                position += await self._allocating(at, data[position : position + min(run.length, MAX_MERGED)])
+                position += await self._allocating(at, data[position : position + min(run.length, most)])
 
     def write_now(self, offset: int, data: memoryview) -> bool:
         """An allocating write of which everything is at hand, without awaiting. False: nothing was changed. Raises OSError."""
@@ -147,7 +151,13 @@ class Writer:
         return None
 
     # -- allocating writes -----------------------------------------------------------------------------------------------
-    async def _allocating(self, offset: int, data: memoryview) -> int:
+    async def _put(self, host: int, data: memoryview | Extents) -> None:
+        if isinstance(data, memoryview):
+            await self.image.storage.data.write(host, data)
+        else:
+            await self.image.storage.data.copy_in(host, data)
+
+    async def _allocating(self, offset: int, data: memoryview | Extents) -> int:
         """Write the first part of ``data``; gives how many bytes. 0: look again, the mapping may have changed."""
         image, size = self.image, self.image.geometry.cluster_size
         first = offset & ~(size - 1)
@@ -187,13 +197,15 @@ class Writer:
             await image.writeback.run()
         return done
 
-    def _inline(self, plan: _Plan, table: Table[array[int]], index: int, offset: int, data: memoryview) -> bool:
+    def _inline(self, plan: _Plan, table: Table[array[int]], index: int, offset: int, data: memoryview | Extents) -> bool:
         """Write the data of a plan at once, if nothing must be copied around it and the host file takes it without blocking.
 
         This is what makes allocating writes quick: no await, and so no claim either. It writes as the flat map does, and like it
         only while nothing that must be waited for goes on in the file. False: nothing was written.
         """
         image, node = self.image, self.image.storage.data.node
+        if not isinstance(data, memoryview):
+            return False
         if plan.copy_from != offset or plan.copy_to != offset + len(data):
             last = index + (plan.end - plan.start >> image.geometry.cluster_bits) - 1
             bare = not image.tables.extended and table.data[index] <= ZERO and table.data[last] <= ZERO
@@ -353,7 +365,7 @@ class Writer:
             await image.writeback.run()
 
     # -- filling ---------------------------------------------------------------------------------------------------------
-    async def _fill(self, plan: _Plan, offset: int, data: memoryview) -> None:
+    async def _fill(self, plan: _Plan, offset: int, data: memoryview | Extents) -> None:
         """Write the data and what must be copied around it to the planned host clusters."""
         image = self.image
         end = offset + len(data)
@@ -370,14 +382,14 @@ class Writer:
         target = image.storage.data
         if not head and not tail:
             await image.storage.tell(Event.WRITE_AIO)
-            await target.write(host + offset, data)
-        elif head + len(data) + tail <= MAX_MERGED:
+            await self._put(host + offset, data)
+        elif isinstance(data, memoryview) and head + len(data) + tail <= MAX_MERGED:
             merged = memoryview(await self._merged(offset, head, data, tail))
             await image.storage.tell(Event.WRITE_AIO)
             await target.write(host + offset - head, merged)
         else:
             await image.storage.tell(Event.WRITE_AIO)
-            await target.write(host + offset, data)
+            await self._put(host + offset, data)
             if head:
                 await self._copy_old(host, offset - head, head)
             if tail:

@@ -168,6 +168,17 @@ OURS_ALONE = {
     ("blockdev-reopen", ".options[]<qcow2>.encrypt"),
     # QEMU documents this name and knows neither it nor the schema's (authz-listfile).
     ("object-add", "<authz-list-file>"),
+    # The guest is not to lose its writes to a backup's target.
+    *(
+        (command, f"{path}.{member}")
+        for command, path in (
+            ("blockdev-backup", ""),
+            ("drive-backup", ""),
+            ("transaction", ".actions[]<blockdev-backup>.data"),
+            ("transaction", ".actions[]<drive-backup>.data"),
+        )
+        for member in ("on-cbw-error", "cbw-timeout")
+    ),
 }
 
 

@@ -36,7 +36,11 @@ def monitor(arguments: list[str], folder: Path) -> Iterator[Qmp]:
 
 
 def add(name: str, /, **limits: Any) -> Step:
-    return "object-add", {"qom-type": "throttle-group", "id": name, **{key.replace("_", "-"): v for key, v in limits.items()}}
+    return "object-add", {
+        "qom-type": "throttle-group",
+        "id": name,
+        **{key.replace("_", "-"): v for key, v in limits.items()},
+    }
 
 
 def limits(name: str, /, **values: int) -> Step:
