@@ -350,6 +350,8 @@ class BackupJob(BlockJob):
             driver = inserted.driver
             assert isinstance(driver, CopyBeforeWrite)
             driver.watcher = None
+            # A copy that came too late may hang with the target. The guest must not be held for as long.
+            await driver.settle()
         await self.let_go()
         if inserted is not None:
             if inserted.parents:

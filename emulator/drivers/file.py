@@ -385,8 +385,12 @@ class FileDriver(Driver):
             self._lock.prepare(self.host.fd, perm, shared)
         try:
             flags = self._wanted_flags(perm, direct=self.node.cache_direct)
-            if flags != (self._reopened.flags if self._reopened else self._flags):
-                self._switched = self._open_again(flags)
+            before = self._switched or self._reopened
+            if flags != (before.flags if before else self._flags):
+                opened = self._open_again(flags)
+                if self._switched is not None:  # permissions are prepared twice in one transaction
+                    os.close(self._switched.fd)
+                self._switched = opened
         except BaseException:
             self.abort_perms()
             raise

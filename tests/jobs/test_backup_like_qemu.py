@@ -313,6 +313,73 @@ SCRIPTS: dict[str, list[Step]] = {
 }
 
 
+def faulty_images(folder: Path) -> None:
+    for name in ("source", "target"):
+        (folder / f"{name}.raw").write_bytes((b"\x01" if name == "source" else b"\xcc") * (2 << 20))
+    create(folder / "packed.qcow2", "2M")
+
+
+def faulty(name: str, fault: str, **rule: Any) -> str:
+    """A node that the rule applies to, over one of the images."""
+    file = {"driver": "file", "filename": f"FOLDER/{fault}.raw"}
+    blkdebug = {"driver": "blkdebug", "image": file, "inject-error": [{"event": "none", **rule}]}
+    return json.dumps({"driver": "raw", "node-name": name, "file": blkdebug})
+
+
+def faulty_options(*nodes: str) -> Stage:
+    def options(folder: Path) -> list[str]:
+        file = {"driver": "file", "filename": str(folder / "packed.qcow2")}
+        given = [json.dumps({"driver": "qcow2", "node-name": "packed", "file": file})]
+        given += [node.replace("FOLDER", str(folder)) for node in nodes]
+        return [part for one in given for part in ("--blockdev", one)]
+
+    return Stage(prepare=faulty_images, options=options, images=("packed",), contents=("packed",))
+
+
+GOOD_SOURCE = faulty("s", "source", iotype="flush", errno=0)
+GOOD_TARGET = faulty("t", "target", iotype="flush", errno=0)
+
+
+def run(**more: Any) -> Step:
+    """One piece at a time, of the same size on both sides, so that progress can be compared."""
+    perf = {"max-workers": 1, "max-chunk": 1 << 20}
+    return c("blockdev-backup", **{"job_id": "j", "device": "s", "target": "t", "sync": "full", "x_perf": perf, **more})
+
+
+END: list[Step] = ["concluded", *BOTH, c("job-dismiss", id="j")]
+POLICIES = ((5, "report"), (5, "ignore"), (5, "stop"), (5, "enospc"), (28, "enospc"), (28, "auto"), (28, "report"))
+FAULTS: dict[str, tuple[list[str], list[Step]]] = {}
+for side, iotype in (("source", "read"), ("target", "write")):
+
+    def faulty_pair(side: str = side, **rule: Any) -> list[str]:
+        bad = faulty(side[0], side, **rule)
+        return [bad, GOOD_TARGET] if side == "source" else [GOOD_SOURCE, bad]
+
+    for number, policy in POLICIES:
+        how = {f"on_{side}_error": policy, "auto_dismiss": False}
+        stops = policy == "stop" or (policy in ("enospc", "auto") and number == 28)
+        meanwhile: list[Step] = ["stopped", *BOTH, c("job-resume", id="j")] if stops else []
+        nodes = faulty_pair(iotype=iotype, errno=number, once=True)
+        FAULTS[f"{iotype} fails once with {number}, {policy}"] = nodes, [run(**how), *meanwhile, *END]
+    FAULTS[f"{iotype} fails, stopped and cancelled"] = (
+        faulty_pair(iotype=iotype, errno=5),
+        [
+            run(**{f"on_{side}_error": "stop"}),
+            "stopped",
+            *BOTH,
+            c("block-job-cancel", device="j"),
+            c("block-job-cancel", device="j", force=True),
+            "null",
+        ],
+    )
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_failures_are_answered_as_in_qemu(name: str, short_path: Path, tmp_path: Path) -> None:
+    nodes, script = FAULTS[name]
+    assert_alike(faulty_options(*nodes), script, short_path, tmp_path)
+
+
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_replies_events_and_images_are_those_of_qemu(name: str, short_path: Path, tmp_path: Path) -> None:
     assert_alike(STAGE, SCRIPTS[name], short_path, tmp_path)

@@ -22,6 +22,8 @@ JOBS: dict[str, list[tuple[str, dict[str, Any]]]] = {
     "commit": [("block-commit", {"device": "d", "top-node": "c", "base-node": "a"})],
     "active commit": [("block-commit", {"device": "d"}), ("job-complete", {"id": "j"})],
     "mirror": [("blockdev-mirror", {"device": "d", "target": "t", "sync": "full"}), ("job-complete", {"id": "j"})],
+    "backup": [("blockdev-backup", {"device": "d", "target": "t", "sync": "full"})],
+    "backup of the top": [("blockdev-backup", {"device": "d", "target": "t", "sync": "top"})],
 }
 
 

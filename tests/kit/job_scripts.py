@@ -20,7 +20,8 @@ from kit.qmp import Qmp, QmpError
 from kit.side_by_side import differences
 
 Step = tuple[str, dict[str, Any]] | str
-"""A command with its arguments; or the status of a job to wait for, "STATUS@JOB" where there are several jobs."""
+"""A command with its arguments; or the status of a job to wait for, "STATUS@JOB" where there are several jobs,
+"stopped" for one that an error stops."""
 
 UNEQUAL = {"BLOCK_JOB_CANCELLED": ("offset", "len")}
 """Members of events that are not compared: how far a job had come is a matter of speed."""
@@ -95,6 +96,9 @@ class Played:
         return sorted((one for one in found if not one["node-name"].startswith("#")), key=lambda one: one["node-name"])
 
     def _wait(self, wanted: str) -> None:
+        if wanted == "stopped":
+            self._wait_until_an_error_stopped_a_job()
+            return
         status, _, job = wanted.partition("@")
         deadline = time.monotonic() + 20
         while not any(
@@ -114,6 +118,15 @@ class Played:
             )
             for name, data in self.events
         ]
+
+    def _wait_until_an_error_stopped_a_job(self) -> None:
+        deadline = time.monotonic() + 20
+        while not any(
+            job["io-status"] != "ok" and job["status"] == "paused" for job in self._qmp.execute("query-block-jobs")
+        ):
+            assert time.monotonic() < deadline, f"no job was stopped: {self.events}"
+            time.sleep(0.01)
+        self._collect()
 
     def _collect(self) -> None:
         while self._qmp.events:

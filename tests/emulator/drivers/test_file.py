@@ -18,6 +18,7 @@ from livedisk.emulator.block.backend import BlockBackend
 from livedisk.emulator.block.flatmap import MISS
 from livedisk.emulator.block.permissions import Perm
 from livedisk.emulator.block.reopen import reopen
+from livedisk.emulator.block.transaction import Transaction
 from livedisk.emulator.block.types import Preallocation, ZeroFlags
 from livedisk.emulator.drivers.file import FileDriver
 from livedisk.emulator.errors import BlockError, LiveDiskError, LockError
@@ -224,6 +225,36 @@ def test_a_refused_change_of_permissions_leaves_the_old_locks(folder: Path) -> N
 
 
 # -- opening for writing only when somebody writes -------------------------------------------------------------------
+@pytest.mark.parametrize("ends", ["commits", "is undone"])
+def test_permissions_prepared_twice_in_a_transaction_leave_one_descriptor(ends: str, folder: Path) -> None:
+    """As an export attaches itself. A second one would hold locks that nobody gives back."""
+
+    def descriptors() -> int:
+        found = [os.path.realpath(f"/proc/self/fd/{number}") for number in os.listdir("/proc/self/fd")]
+        return found.count(str((folder / "disk.raw").resolve()))
+
+    async def act() -> None:
+        graph = new_graph()
+        try:
+            file = {"driver": "file", "node-name": "disk", "filename": str(folder / "disk.raw"), "auto-read-only": True}
+            node = await graph.add(parse(file))
+            backend = BlockBackend(graph, "test")
+            try:
+                with Transaction() as steps:
+                    graph.attach_root(backend, node, Perm.WRITE, Perm.ALL, steps)
+                    graph.set_root_permissions(backend, Perm.WRITE, Perm.ALL & ~Perm.RESIZE)
+                    if ends == "is undone":
+                        raise BlockError("on purpose")
+            except BlockError:
+                assert ends == "is undone"
+            assert descriptors() == 1
+        finally:
+            await graph.close()
+        assert descriptors() == 0
+
+    asyncio.run(act())
+
+
 def test_auto_read_only_opens_for_writing_when_a_parent_writes(folder: Path) -> None:
     async def run() -> None:
         file = {"driver": "file", "filename": "disk.raw", "auto-read-only": True}
