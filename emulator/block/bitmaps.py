@@ -201,14 +201,21 @@ class DirtyBitmap:
     # -- whether it may be used --------------------------------------------------------------------------------------
     def check_usable(self, *, allow_read_only: bool = False) -> None:
         """Raise BlockError, in QEMU's words, if it may not be changed (or, ``allow_read_only``, looked at)."""
-        self.check_not_busy()
-        if self.read_only and not allow_read_only:
-            raise BlockError(f"Bitmap '{self.name}' is readonly and cannot be modified")
+        if allow_read_only:
+            self.check_not_busy()
+        else:
+            self.check_removable()
         if self.inconsistent:
             raise BlockError(
                 f"Bitmap '{self.name}' is inconsistent and cannot be used",
                 hint="Try block-dirty-bitmap-remove to delete this bitmap from disk",
             )
+
+    def check_removable(self) -> None:
+        """Raise BlockError, in QEMU's words, if it may not go: inconsistent ones may."""
+        self.check_not_busy()
+        if self.read_only:
+            raise BlockError(f"Bitmap '{self.name}' is readonly and cannot be modified")
 
     def check_not_busy(self) -> None:
         """Raise BlockError, in QEMU's words, if an operation uses it."""
@@ -356,15 +363,18 @@ class Bitmaps:
             raise BlockError(f"Dirty bitmap '{name}' not found")
         return found
 
-    def create(self, granularity: int, name: str | None, *, disabled: bool = False) -> DirtyBitmap:
-        """A new, clean one. Raises BlockError, in QEMU's words, for a name that is taken or too long."""
+    def create(
+        self, granularity: int, name: str | None, *, disabled: bool = False, persistent: bool = False
+    ) -> DirtyBitmap:
+        """A new, clean one. For a persistent one `Driver.check_bitmap_storable` was asked. Raises BlockError, in QEMU's words,
+        for a name that is taken or too long."""
         if name is not None:
             if self.find(name) is not None:
                 raise BlockError(f"Bitmap already exists: {name}")
             if len(name.encode(errors="surrogateescape")) > MAX_NAME:
                 raise BlockError(f"Bitmap name too long: {name}")
         made = DirtyBitmap(self._node, granularity, name)
-        made.disabled = disabled
+        made.disabled, made.persistent = disabled, persistent
         self._all.append(made)
         self.regroup()
         return made
@@ -413,5 +423,6 @@ class Bitmaps:
             for one in recorder.members:
                 one._recorder = recorder
             self._node.trackers.append(recorder)
+        self._node.driver.bitmaps_changed()
         if recorded_before != bool(self._recorders):
             self._node.mapping_changed()  # a flat map from further up must not write past the trackers of this node

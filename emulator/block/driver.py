@@ -246,8 +246,8 @@ class Driver(ABC):
         """Raise BlockError, in QEMU's words, if the image cannot store one more bitmap of that name and granularity (bytes)."""
         raise BlockError(f"Can't store persistent bitmaps to {self.node.name}: {os.strerror(errno.ENOTSUP)}")
 
-    def check_bitmap_removable(self, name: str) -> None:
-        """Raise BlockError if a persistent bitmap cannot be taken out of the image now."""
+    def bitmaps_changed(self) -> None:
+        """A bitmap of the node was made, removed, enabled or disabled. Must not fail and must not await."""
 
     async def sync_bitmaps(self) -> None:
         """Persistent bitmaps of the node were added, removed or changed by something other than writes: put into the image

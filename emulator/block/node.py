@@ -235,6 +235,10 @@ class Node:
         end = offset + length
         return any(other.start < end and offset < other.end for other in self._in_flight)
 
+    def in_flight(self) -> list[tuple[int, int]]:
+        """The ranges (bytes) of all requests in flight: first and one past the last."""
+        return [(request.start, request.end) for request in self._in_flight]
+
     def requests_in_flight(self) -> frozenset[object]:
         """The requests in flight that may still use storage which another request gives up: it must outlive them.
 
@@ -492,6 +496,8 @@ class Node:
         else:
             self.mapping_changed()
         self.graph.resized(self)
+        if self.bitmaps:
+            await self.driver.sync_bitmaps()
 
     def _grown(self, old: int, more: int) -> None:
         """What lies past the old end shows differently where this node shows through. A format that stores in this node

@@ -117,8 +117,7 @@ async def prepare_add(ctx: Context, args: BlockDirtyBitmapAdd, run: Run) -> None
         raise BlockError(f"Granularity must be power of 2 and at least {MIN_GRANULARITY}")
     if args.persistent:
         node.driver.check_bitmap_storable(args.name, granularity)
-    bitmap = node.bitmaps.create(granularity, args.name, disabled=args.disabled)
-    bitmap.persistent = args.persistent
+    bitmap = node.bitmaps.create(granularity, args.name, disabled=args.disabled, persistent=args.persistent)
     run.steps.add(abort=lambda: node.bitmaps.remove(bitmap))
     await _changed(node, bitmap, run)
 
@@ -127,9 +126,7 @@ async def prepare_add(ctx: Context, args: BlockDirtyBitmapAdd, run: Run) -> None
 async def prepare_remove(ctx: Context, args: BlockDirtyBitmap, run: Run) -> None:
     """Set the bitmap aside; it goes when the transaction succeeds."""
     node, bitmap = find_bitmap(ctx, args.node, args.name)
-    bitmap.check_not_busy()
-    if bitmap.persistent:
-        node.driver.check_bitmap_removable(bitmap.name or "")
+    bitmap.check_removable()
     bitmap.busy = bitmap.removing = True
 
     def undo() -> None:
@@ -153,7 +150,7 @@ async def prepare_clear(ctx: Context, args: BlockDirtyBitmap, run: Run) -> None:
 async def prepare_enable(ctx: Context, args: BlockDirtyBitmap, run: Run) -> None:
     """Have writes recorded."""
     node, bitmap = find_bitmap(ctx, args.node, args.name)
-    bitmap.check_usable()
+    bitmap.check_usable(allow_read_only=True)
     if bitmap.disabled:
         bitmap.enable()
         run.steps.add(abort=bitmap.disable)
@@ -164,7 +161,7 @@ async def prepare_enable(ctx: Context, args: BlockDirtyBitmap, run: Run) -> None
 async def prepare_disable(ctx: Context, args: BlockDirtyBitmap, run: Run) -> None:
     """Have no writes recorded. Undone as if it had recorded all the time."""
     node, bitmap = find_bitmap(ctx, args.node, args.name)
-    bitmap.check_usable()
+    bitmap.check_usable(allow_read_only=True)
     if not bitmap.disabled:
         undo = Undo(bitmap)
         bitmap.disable()

@@ -27,6 +27,7 @@ from livedisk.emulator.block.options import BlockdevOptions
 from livedisk.emulator.block.permissions import Role
 from livedisk.emulator.block.types import Preallocation, Segment, ZeroFlags
 from livedisk.emulator.drivers.qcow2 import options as opts
+from livedisk.emulator.drivers.qcow2.bitmap_directory import AUTO, IN_USE, BitmapEntry
 from livedisk.emulator.drivers.qcow2.header import Header, Purpose, read_header
 from livedisk.emulator.drivers.qcow2.image import Image
 from livedisk.emulator.drivers.qcow2.options import Qcow2Options
@@ -141,6 +142,7 @@ class Qcow2(Driver):
         self.map_granularity = image.geometry.subcluster_size
         if not self.node.read_only and header.prepare_for_writing():
             await image.write_header()
+        await image.bitmaps.load()
 
     def _clean_later(self, interval: int) -> None:
         if self._cleaner is not None:
@@ -167,6 +169,7 @@ class Qcow2(Driver):
         if not self.node.read_only:
             await self.image.finish()
         await self.flush()
+        self.image.bitmaps.forget()
         self._inactive = True
 
     async def activate(self) -> None:
@@ -198,34 +201,32 @@ class Qcow2(Driver):
 
     async def write(self, offset: int, data: memoryview) -> None:
         self._check_usable()
-        if self.image.bitmaps_trusted:
-            await self.image.before_change()
+        if self.image.bitmaps.guard is not None:
+            await self.image.bitmaps.before_change(offset, len(data))
         await self.image.writer.write(offset, data)
 
     async def copy_in(self, offset: int, extents: Extents) -> None:
-        self._check_usable()
-        if self.image.bitmaps_trusted:
-            await self.image.before_change()
+        await self._before_change(offset, len(extents))
         await self.image.writer.write(offset, extents)
 
     def write_now(self, offset: int, data: memoryview) -> bool:
         return not (self._inactive or self.image.storage.dead) and self.image.writer.write_now(offset, data)
 
     async def write_zeroes(self, offset: int, length: int, flags: ZeroFlags) -> None:
-        await self._before_change()
+        await self._before_change(offset, length)
         await self.image.zeroer.write_zeroes(offset, length, flags)
 
     async def discard(self, offset: int, length: int) -> None:
-        await self._before_change()
+        await self._before_change(offset, length)
         await self.image.zeroer.discard(offset, length)
 
     async def write_compressed(self, offset: int, data: memoryview) -> None:
-        await self._before_change()
+        await self._before_change(offset, len(data))
         await self.image.writer.write_compressed(offset, data)
 
-    async def _before_change(self) -> None:
+    async def _before_change(self, offset: int, length: int) -> None:
         self._check_usable()
-        await self.image.before_change()
+        await self.image.bitmaps.before_change(offset, length)
 
     def _check_usable(self) -> None:
         self.image.storage.check_alive()
@@ -234,11 +235,23 @@ class Qcow2(Driver):
 
     async def flush_metadata(self) -> None:
         if not self._inactive:
+            await self.image.bitmaps.tidy()
             await self.image.writeback.run()
 
     async def truncate(self, size: int, *, exact: bool, prealloc: Preallocation) -> None:
         self._check_usable()
         await resize(self.image, size, exact=exact, prealloc=prealloc)
+
+    # -- persistent bitmaps ----------------------------------------------------------------------------------------------
+    def check_bitmap_storable(self, name: str, granularity: int) -> None:
+        self.image.bitmaps.check_storable(name, granularity)
+
+    def bitmaps_changed(self) -> None:
+        self.image.bitmaps.changed()
+
+    async def sync_bitmaps(self) -> None:
+        if not self._inactive:
+            await self.image.bitmaps.sync()
 
     # -- reopen --------------------------------------------------------------------------------------------------------------
     async def reopen_prepare(self, options: Any, *, read_only: bool) -> None:
@@ -265,7 +278,7 @@ class Qcow2(Driver):
     def _check_may_write(self, header: Header) -> None:
         if header.corrupt:
             raise ImageError("qcow2: Image is corrupt; cannot be opened read/write")
-        if header.dirty or header.stale_bitmaps or header.autoclear & ~3:
+        if header.dirty or header.stale_bitmaps or header.has_unknown_autoclear:
             raise BlockError(
                 f"Node '{self.node.name}' must be closed and opened for writing: its image needs a repair that only "
                 "opening does"
@@ -282,6 +295,7 @@ class Qcow2(Driver):
             image.tables.resize_cache(sizes.l2, sizes.l2_slice)
         image.refcounts.resize_cache(sizes.refcount)
         self._clean_later(interval)
+        image.bitmaps.reopened()
         self.node.mapping_changed()
 
     def reopen_abort(self) -> None:
@@ -324,6 +338,8 @@ class Qcow2(Driver):
         data: dict[str, Any] = {"compat": header.compat, "compression-type": header.compression_type.name.lower()}
         if header.version >= 3:
             data["lazy-refcounts"] = header.lazy_refcounts
+            if header.bitmaps is not None:
+                data["bitmaps"] = [_bitmap_info(entry) for entry in self.image.bitmaps.entries()]
         data["refcount-bits"] = self.image.geometry.refcount_bits
         if header.version >= 3:
             data["corrupt"] = header.corrupt
@@ -356,7 +372,10 @@ class Qcow2(Driver):
     async def snapshot_apply(self, id: str) -> None:
         from livedisk.emulator.drivers.qcow2 import snapshot_change
 
-        await self._before_change()
+        self._check_usable()
+        if self.node.bitmaps:
+            # All of the disk changes, and its size too: they would have to say so. QEMU refuses as well.
+            raise BlockError("Device has active dirty bitmaps")
         before = self.size
         await snapshot_change.apply(self.image, self._snapshot(id))
         self.node.written(0, max(before, self.size))
@@ -379,6 +398,12 @@ class Qcow2(Driver):
                 if size is not None:
                     total = (total or 0) + size
         return total
+
+
+def _bitmap_info(entry: BitmapEntry) -> dict[str, Any]:
+    """QEMU's Qcow2BitmapInfo."""
+    flags = [name for bit, name in ((IN_USE, "in-use"), (AUTO, "auto")) if entry.flags & bit]
+    return {"flags": flags, "name": entry.title, "granularity": 1 << entry.granularity_bits}
 
 
 register(Qcow2)

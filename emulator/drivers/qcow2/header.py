@@ -66,6 +66,7 @@ REFCOUNT_TABLE_AT: Final = 48
 SNAPSHOTS_AT: Final = 60
 """nb_snapshots (4 bytes), snapshots_offset (8)."""
 INCOMPATIBLE_AT: Final = 72
+AUTOCLEAR_AT: Final = 88
 _HEADER_LENGTH_AT: Final = 100
 
 
@@ -93,6 +94,8 @@ class Autoclear(IntFlag):
     NONE = 0
     BITMAPS = 1
     DATA_FILE_RAW = 2
+    TRACKED = 1 << 63
+    """Ours alone: bitmaps that are marked as in use miss no write (`bitmap_directory.py`)."""
 
 
 class Compression(IntEnum):
@@ -111,6 +114,8 @@ class ExtensionType(IntEnum):
     BITMAPS = 0x23852875
     CRYPTO = 0x0537BE77
     DATA_FILE = 0x44415441
+    TRACKING = 0x4C444254
+    """Ours alone ("LDBT"); carried among `Header.extensions`."""
 
 
 class Purpose(Enum):
@@ -137,7 +142,7 @@ FEATURE_NAMES: Final[tuple[tuple[int, int, str], ...]] = (
 _FEATURE_NAMES_MIN_BITS: Final = 13
 """Smaller first clusters keep their room for the backing file name, as with QEMU."""
 _KNOWN_INCOMPATIBLE: Final = 0x1F
-_KNOWN_AUTOCLEAR: Final = 0x3
+_KNOWN_AUTOCLEAR: Final = 0x3 | Autoclear.TRACKED
 _CRYPT_METHODS: Final = {1: "AES", 2: "LUKS"}
 
 
@@ -213,6 +218,10 @@ class Header:
     @property
     def data_file_raw(self) -> bool:
         return bool(self.autoclear & Autoclear.DATA_FILE_RAW)
+
+    @property
+    def has_unknown_autoclear(self) -> bool:
+        return bool(self.autoclear & ~_KNOWN_AUTOCLEAR)
 
     @property
     def extended_l2(self) -> bool:
@@ -311,6 +320,11 @@ class Header:
                 f"the first cluster has {space}",
             )
         return (self.fixed(at) + area + name).ljust(space, b"\0")
+
+    def fits(self) -> bool:
+        """Whether `cluster` has room for everything."""
+        name = len(os.fsencode(self.backing_file)) if self.backing_file is not None else 0
+        return self.header_length + len(self._extension_area()) + name <= 1 << self.cluster_bits
 
     def sector(self, current: bytes) -> bytes:
         """``current`` (the image's first sector as it stands) with the fixed fields of this header.

@@ -6,6 +6,7 @@
     tables.py     L1 and L2 tables, cached                writeback.py  caches to disk, in order
     write.py      guest writes                            zero.py       zeroes and discards
     compress.py   compressed clusters                     resize.py     a new virtual size, preallocation
+    bitmaps.py    persistent dirty bitmaps                bitmap_store.py   one of them on the disk
 
 `driver.py` is the face that the block layer sees. Nothing here knows options' spelling.
 """
@@ -22,7 +23,7 @@ from livedisk.emulator.block.driver import SLOW_GRANULE, ZERO_GRANULE
 from livedisk.emulator.block.node import Edge, Node, fill_zeroes
 from livedisk.emulator.block.types import HostOffset, Kind, NotMapped, Segment
 from livedisk.emulator.drivers.qcow2.alloc import Allocator
-from livedisk.emulator.drivers.qcow2.bitmap_directory import IN_USE
+from livedisk.emulator.drivers.qcow2.bitmaps import PersistentBitmaps
 from livedisk.emulator.drivers.qcow2.compress import Decompressor
 from livedisk.emulator.drivers.qcow2.geometry import (
     COMPRESSED,
@@ -45,7 +46,6 @@ from livedisk.emulator.drivers.qcow2.writeback import Writeback
 from livedisk.emulator.drivers.qcow2.zero import Zeroer
 
 SECTOR: Final = 512
-_BITMAP_ENTRY: Final = struct.Struct(">QIIBBHI")
 _KINDS: Final = {
     State.UNALLOCATED: Kind.UNALLOCATED,
     State.UNALLOCATED_ALLOC: Kind.UNALLOCATED,
@@ -107,7 +107,7 @@ class Image:
         self.snapshots: tuple[Snapshot, ...] = ()
         self.half_changed = False
         """A change of snapshots failed half-way: the dirty bit stays, for who opens the image next."""
-        self.bitmaps_trusted = header.bitmaps is not None
+        self.bitmaps = PersistentBitmaps(self)
         self.decompressor = Decompressor(header.compression_type, self.geometry.cluster_size)
 
     async def load(self) -> None:
@@ -155,8 +155,10 @@ class Image:
         if state is State.NORMAL:
             if self.tables.raw_data and self.tables.misplaced(run, offset) is not None:
                 return Segment(Kind.OPAQUE, run.length)
-            in_place = run.copied and not self.bitmaps_trusted and self._may_write_in_place(run)
-            return Segment(Kind.DATA, run.length, storage.data, HostOffset(run.host), in_place)
+            in_place, length = run.copied and self._may_write_in_place(run), run.length
+            if in_place and self.bitmaps.guard is not None:
+                in_place, length = self.bitmaps.passing(offset, length)
+            return Segment(Kind.DATA, length, storage.data, HostOffset(run.host), in_place)
         if state is State.ZERO:
             return Segment(Kind.ZERO, run.length)
         if state is State.ZERO_ALLOC:
@@ -175,7 +177,7 @@ class Image:
         )
         entries = tables.slice_entries
         hit = None if storage.has_data_file else storage.guard.hit
-        trusted = self.bitmaps_trusted
+        guard, to_region = self.bitmaps.guard, self.bitmaps.region_shift - shift
         unsaid: list[int] = []
         data: array[int] | None = None
         section, empty = -1, False
@@ -194,7 +196,9 @@ class Image:
                 if entry == 0:
                     unsaid.append(granule)
                 elif entry & (COMPRESSED | ZERO) == 0 and host and not host & inside_mask:
-                    own = entry >= COPIED and not trusted and (hit is None or hit(host, inside_mask + 1) is None)
+                    own = entry >= COPIED and (hit is None or hit(host, inside_mask + 1) is None)
+                    if own and guard is not None and not guard[granule >> to_region]:
+                        own = False
                     found[granule] = host + ((granule << shift) & inside_mask) | own
                 else:
                     state = tables.state(entry)
@@ -286,27 +290,6 @@ class Image:
         elif not self.storage.has_data_file and entry & OFFSET_MASK:
             self.allocator.retire(entry & OFFSET_MASK, self.geometry.cluster_size, punch=punch or self.discards.other)
 
-    # -- bitmaps ---------------------------------------------------------------------------------------------------------
-    async def before_change(self) -> None:
-        """Before the first change of guest data: persistent bitmaps that do not record it must not be believed afterwards.
-
-        They are marked as in use, as QEMU marks those that it has not written back: whoever opens the image next knows that
-        they are not to be relied on. Raises OSError.
-        """
-        directory = self.header.bitmaps
-        if not self.bitmaps_trusted or directory is None:
-            return
-        raw = await self.storage.read(directory.directory_offset, directory.directory_size)
-        at = 0
-        while at + _BITMAP_ENTRY.size <= len(raw):
-            table, entries, flags, kind, bits, name_size, extra = _BITMAP_ENTRY.unpack_from(raw, at)
-            _BITMAP_ENTRY.pack_into(raw, at, table, entries, flags | IN_USE, kind, bits, name_size, extra)
-            at += -(-(_BITMAP_ENTRY.size + extra + name_size) // 8) * 8
-        await self.storage.put(Point.BITMAP_DIRECTORY, Section.BITMAP_DIRECTORY, directory.directory_offset, bytes(raw))
-        await self.storage.barrier()
-        self.bitmaps_trusted = False
-        self.node.mapping_changed()
-
     # -- the header ------------------------------------------------------------------------------------------------------
     @property
     def ready_to_allocate(self) -> bool:
@@ -362,6 +345,7 @@ class Image:
         for offset, count in self.allocator.quarantine:
             self.allocator.give_back(offset, count)
         self.allocator.quarantine.clear()
+        await self.bitmaps.finish()
         await self.writeback.finish()
         if self.header.dirty and not self.half_changed:
             await self.set_dirty(dirty=False)

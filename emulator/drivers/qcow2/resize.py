@@ -34,14 +34,13 @@ async def resize(image: Image, size: int, *, exact: bool, prealloc: Preallocatio
         raise BlockError(f"The new size must be a multiple of {SECTOR}")
     if image.header.nb_snapshots and image.header.version < 3:
         raise BlockError("Can't resize a v2 image which has snapshots")
-    if image.header.bitmaps is not None:
-        raise BlockError("Cannot resize an image that holds persistent bitmaps")
-    if size < image.size:
-        if prealloc is not Preallocation.OFF:
-            raise BlockError("Preallocation can't be used for shrinking an image")
-        await _shrink(image, size, exact=exact)
-    elif size > image.size:
-        await _grow(image, size, exact=exact, prealloc=prealloc)
+    if size < image.size and prealloc is not Preallocation.OFF:
+        raise BlockError("Preallocation can't be used for shrinking an image")
+    async with image.bitmaps.resizing(size):
+        if size < image.size:
+            await _shrink(image, size, exact=exact)
+        elif size > image.size:
+            await _grow(image, size, exact=exact, prealloc=prealloc)
 
 
 # -- growing ---------------------------------------------------------------------------------------------------------------

@@ -111,7 +111,7 @@ class Writer:
         size = image.geometry.cluster_size
         if self._claims and self._conflict(offset // size * size, offset + length) is not None:
             return False
-        if image.bitmaps_trusted or not image.ready_to_allocate or image.writeback.urgent:
+        if not image.ready_to_allocate or image.writeback.urgent or not image.bitmaps.passes(offset, length):
             return False
         found = tables.owned(offset)
         if found is None or found[0].data[found[1] * tables.words] > ZERO:

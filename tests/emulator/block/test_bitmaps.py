@@ -29,6 +29,10 @@ class FakeNode:
         self.trackers: list[DirtyTracker] = []
         self.bitmaps = Bitmaps(cast(Node, self))
         self.remapped = 0
+        self.driver = self
+
+    def bitmaps_changed(self) -> None:
+        """Nothing is stored."""
 
     def mapping_changed(self) -> None:
         self.remapped += 1
