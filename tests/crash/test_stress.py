@@ -13,7 +13,6 @@ seed for every variant, ``STRESS_SECONDS`` sets the length of a round; ``--soak`
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import hashlib
 import json
 import os
@@ -24,13 +23,13 @@ from typing import Any, Final
 
 import pytest
 
+from kit.clients import Clients
 from kit.livedisk import Daemon
 from kit.peers import run
 from kit.qemu import check, create, qemu_img, read_all
 from kit.qmp import Qmp, QmpError
 from kit.sector_history import SECTOR, SectorHistory
 from livedisk.nbd.client import NbdClient
-from livedisk.nbd.client_handshake import NegotiationFailed
 
 SHARED: Final = 12288
 """Sectors that all clients use (6 MiB)."""
@@ -39,7 +38,6 @@ TAIL: Final = 4096
 ROUNDS: Final = 2
 SECONDS: Final = float(os.environ.get("STRESS_SECONDS", "0.8"))
 LONGEST_CHAIN: Final = 7
-GONE: Final = (ConnectionError, EOFError)
 
 VARIANTS: Final = {
     "plain": ("", {}),
@@ -129,93 +127,15 @@ def digest(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-class Stress:
+class Stress(Clients):
     """One round: a daemon, its clients and its operator."""
 
     def __init__(self, disk: Disk, daemon: Daemon, qmp: Qmp) -> None:
-        self.disk, self.daemon, self.qmp = disk, daemon, qmp
+        super().__init__(daemon, qmp, disk.history, SHARED)
+        self.disk = disk
         self.chance = disk.chance
         self.node = "n0"
         self.exports = 0
-        self.size = SHARED
-        self.over = False
-        self.done: dict[str, int] = {}
-
-    async def command(self, name: str, /, **arguments: Any) -> Any:
-        arguments = {key.replace("_", "-"): value for key, value in arguments.items()}
-        return await asyncio.to_thread(self.qmp.call, name, arguments)
-
-    # -- clients -------------------------------------------------------------------------------------------------------
-    async def client(self, export: str, seed: int, *, depth: int = 4, vanishing: bool = False) -> None:
-        """One connection after the other with ``depth`` requests in flight each; ``vanishing`` ones break off in mid-flight."""
-        chance = random.Random(seed)
-        while not self.over:
-            try:
-                client = await NbdClient.connect_unix(
-                    str(self.daemon.nbd_socket), export, contexts=("base:allocation",)
-                )
-            except (OSError, EOFError, NegotiationFailed):
-                return
-            workers = [asyncio.create_task(self._work(client, random.Random(chance.random()))) for _ in range(depth)]
-            try:
-                if vanishing:
-                    await asyncio.sleep(chance.uniform(0.02, 0.2))
-                    client.abort()
-                await asyncio.gather(*workers)
-            finally:
-                for worker in workers:
-                    worker.cancel()
-                await asyncio.gather(*workers, return_exceptions=True)
-                client.abort()
-
-    async def _work(self, client: NbdClient, chance: random.Random) -> None:
-        with contextlib.suppress(*GONE):
-            while not self.over:
-                kind = chance.choices(("write", "read", "zero", "trim", "flush", "look"), (50, 25, 8, 8, 4, 3))[0]
-                count = chance.choice((1, 1, 2, 8, 8, 8, 16, 128, 128, 200, 300))
-                if kind == "write" and chance.random() < 0.02:
-                    count = 6000
-                start = chance.randrange(SHARED - count + 1)
-                if chance.random() < 0.5:
-                    start -= start % 8 if count < 128 else start % 128
-                await getattr(self, f"_{kind}")(client, chance, start, count)
-                self.done[kind] = self.done.get(kind, 0) + 1
-
-    async def _write(self, client: NbdClient, chance: random.Random, start: int, count: int) -> None:
-        change = self.disk.history.change(start, count)
-        fua = chance.random() < 0.03
-        await client.write(start * SECTOR, self.disk.history.data(change), fua=fua)
-        self.disk.history.done(change, stable=fua)
-
-    async def _zero(self, client: NbdClient, chance: random.Random, start: int, count: int) -> None:
-        change = self.disk.history.change(start, count, zeroes=True)
-        await client.write_zeroes(start * SECTOR, count * SECTOR, may_unmap=chance.random() < 0.6)
-        self.disk.history.done(change)
-
-    async def _trim(self, client: NbdClient, chance: random.Random, start: int, count: int) -> None:
-        change = self.disk.history.change(start, count, zeroes=True)
-        await client.trim(start * SECTOR, count * SECTOR)
-        self.disk.history.done(change, certain=False)
-
-    async def _read(self, client: NbdClient, chance: random.Random, start: int, count: int) -> None:
-        look = self.disk.history.look(start, count)
-        try:
-            data = await client.read(start * SECTOR, count * SECTOR)
-        except BaseException:
-            self.disk.history.give_up(look)
-            raise
-        self.disk.history.looked(look, data)
-
-    async def _flush(self, client: NbdClient, chance: random.Random, start: int, count: int) -> None:
-        flush = self.disk.history.flush()
-        await client.flush()
-        self.disk.history.flushed(flush)
-
-    async def _look(self, client: NbdClient, chance: random.Random, start: int, count: int) -> None:
-        if chance.random() < 0.5:
-            await client.cache(start * SECTOR, count * SECTOR)
-        else:
-            await client.block_status(start * SECTOR, count * SECTOR)
 
     # -- the operator ----------------------------------------------------------------------------------------------------
     async def operate(self) -> None:

@@ -116,8 +116,12 @@ class SectorHistory:
     def looked(self, look: Look, data: bytes) -> None:
         """The reply to a read came. Raises `Impossible`."""
         del self._looks[id(look)]
+        self.judge(look, data, "read")
+
+    def judge(self, look: Look, data: bytes, when: str) -> None:
+        """The data is what could show at some moment of the look. Raises `Impossible`."""
         for index, seen in enumerate(look.seen):
-            self._judge(look.start + index, data[index * SECTOR : (index + 1) * SECTOR], seen, "read")
+            self._judge(look.start + index, data[index * SECTOR : (index + 1) * SECTOR], seen, when)
 
     def flush(self) -> Flush:
         """A flush is about to be sent."""

@@ -1,0 +1,410 @@
+"""Every job in every mode under clients that never rest, with pauses, speeds, snapshots, cancels and kill -9 at random moments.
+
+A round starts ``livedisk daemon`` on a chain of images. Clients read, write, zero, discard and flush through the device without
+pause and judge each read at once (`SectorHistory`). Meanwhile one operator runs job after job, each with random steps in between,
+and looks after each: the chain on disk (``qemu-img info --backing-chain``) is what the job promised, a target holds a moment
+between the command and the event. Then the daemon is stopped, or killed in the middle of whatever it did: the guest's data, as
+far as it was flushed, is whole in the chain that the headers name; of a pivot either the old chain or the new one has all of it.
+``qemu-img check`` finds nothing (after a kill: at most leaks).
+
+The choices come from a seed, the timing does not. ``SOAK_SEED=n`` runs that seed; the soak (``scripts/test --soak``)
+runs new seeds for ``SOAK_SECONDS`` (600).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import random
+import time
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final
+
+import pytest
+
+from kit.clients import Clients
+from kit.livedisk import Daemon
+from kit.peers import run
+from kit.qemu import check, info, qemu_img, read_all
+from kit.qmp import Qmp, QmpError
+from kit.sector_history import SECTOR, Impossible, SectorHistory
+
+SECTORS: Final = 8192
+SIZE: Final = SECTORS * SECTOR
+LONGEST_CHAIN: Final = 6
+LAYOUTS: Final = ("cluster_size=4096", "", "extended_l2=on,cluster_size=16k", "cluster_size=4096,lazy_refcounts=on")
+FULL_SPEED_AFTER: Final = 60
+"""Steps with a job after which nothing holds it up any more."""
+
+
+class Disk:
+    """The chain of images on disk, from the base up, and what its top may hold. Images are known by the names of their nodes.
+
+    ``tops``: the images that may be the guest's after a kill now: more than one while a pivot is asked for.
+    """
+
+    def __init__(self, folder: Path, seed: int) -> None:
+        self.folder = folder
+        self.chance = random.Random(seed)
+        self.layout = self.chance.choice(LAYOUTS)
+        self.history = SectorHistory(SECTORS)
+        self.serial = 0
+        self.chain = [self.new_image(None)]
+        self.tops: list[str] = []
+
+    def new_image(self, below: str | None) -> str:
+        """An empty image, whose header names the one below."""
+        self.serial += 1
+        name = f"i{self.serial}"
+        backing = f"backing_file={self.path(below)},backing_fmt=qcow2" if below else ""
+        options = ",".join(filter(None, (self.layout, backing)))
+        # -u: the daemon has the image below.
+        qemu_img("create", "-q", "-u", "-f", "qcow2", *(("-o", options) if options else ()), self.path(name), str(SIZE))
+        return name
+
+    def path(self, name: str) -> Path:
+        return self.folder / f"{name}.qcow2"
+
+    def on_disk(self, top: str) -> list[str]:
+        """The chain that the headers name, from the base up."""
+        found = info(self.path(top), "-U", "--backing-chain")
+        return [Path(image["filename"]).stem for image in reversed(found)]
+
+    def ended(self, *, crashed: bool) -> None:
+        """The daemon is gone: look at everything that it left, and go on with that."""
+        refused: list[str] = []
+        for top in dict.fromkeys([self.chain[-1], *self.tops]):
+            self._repair(top, crashed=crashed)
+            image = read_all(self.path(top), self.folder)
+            try:
+                self.history.check_crash(image) if crashed else None
+            except Impossible as error:
+                refused.append(f"{top}: {error}")
+                continue
+            self.history.ended(image, crashed=crashed)
+            self.chain = self.on_disk(top)
+            self.tops = []
+            return
+        raise AssertionError(f"no chain has all that was flushed: {refused}")
+
+    def _repair(self, top: str, *, crashed: bool) -> None:
+        for name in self.on_disk(top):
+            path = self.path(name)
+            if crashed and path.read_bytes()[79] & 1:  # lazy refcounts: the image says that it needs a repair
+                run(["qemu-img", "check", "-r", "all", path], expect=None)
+            check(path, leaks=crashed)
+
+
+@dataclass
+class Asked:
+    """A job that was asked for: the command, and what it leads to.
+
+    ``outcome``: the chain if it succeeds. ``end``: what to do when it is ready ("" if it never is). ``pivot``: the image
+    that the guest goes over to. ``target``: an image that gets a copy of a moment.
+    """
+
+    command: str
+    arguments: dict[str, Any]
+    outcome: list[str]
+    end: str = ""
+    pivot: str = ""
+    target: str = ""
+    made: list[str] = field(default_factory=list)
+    aborted: bool = False
+
+
+class Soak(Clients):
+    """One round: a daemon, its clients and its operator."""
+
+    def __init__(self, disk: Disk, daemon: Daemon, qmp: Qmp) -> None:
+        super().__init__(daemon, qmp, disk.history, SECTORS)
+        self.disk = disk
+        self.chance = disk.chance
+        self.doing = ""
+
+    async def operate(self) -> None:
+        """One thing after the other."""
+        jobs = [self.stream, self.stream, self.commit, self.commit, self.active_commit, self.mirror, self.mirror]
+        while not self.over:
+            await asyncio.sleep(self.chance.uniform(0, 0.05))
+            if len(self.disk.chain) < 3 or self.chance.random() < 0.3:
+                await self.snapshot()
+                continue
+            asked = await self.chance.choice(jobs)()
+            if asked is not None:
+                await self._run_job(asked)
+
+    def count(self, what: str) -> None:
+        self.done[what] = self.done.get(what, 0) + 1
+
+    # -- snapshots and jobs to ask for -----------------------------------------------------------------------------------
+    async def snapshot(self) -> None:
+        disk = self.disk
+        if len(disk.chain) >= LONGEST_CHAIN:
+            return
+        old = disk.chain[-1]
+        name = disk.new_image(old)
+        await self.command(
+            "blockdev-snapshot-sync",
+            node_name=old, snapshot_file=str(disk.path(name)), snapshot_node_name=name, mode="existing",
+        )  # fmt: skip
+        disk.chain.append(name)
+        self.count("snapshot")
+
+    async def stream(self) -> Asked | None:
+        chain = self.disk.chain
+        into = self.chance.randrange(1, len(chain))
+        base = self.chance.randrange(-1, into)
+        arguments: dict[str, Any] = {"device": chain[into]}
+        if base >= 0:
+            arguments |= self.chance.choice(({"base-node": chain[base]}, {"bottom": chain[base + 1]}))
+        if base == into - 1 and "bottom" in arguments:
+            return None  # nothing lies between, and the bottom would be the image itself
+        return Asked("block-stream", arguments, chain[: base + 1] + chain[into:])
+
+    async def commit(self) -> Asked | None:
+        chain = self.disk.chain
+        top = self.chance.randrange(1, len(chain) - 1)
+        base = self.chance.randrange(top)
+        arguments = {"device": chain[-1], "top-node": chain[top], "base-node": chain[base]}
+        return Asked("block-commit", arguments, chain[: base + 1] + chain[top + 1 :])
+
+    async def active_commit(self) -> Asked | None:
+        chain = self.disk.chain
+        base = self.chance.randrange(len(chain) - 1)
+        arguments = {"device": chain[-1], "base-node": chain[base]}
+        if self.chance.random() < 0.3:
+            return Asked("block-commit", arguments, [*chain], "cancel")
+        return Asked("block-commit", arguments, chain[: base + 1], "complete", pivot=chain[base])
+
+    async def mirror(self) -> Asked | None:
+        disk, chain = self.disk, self.disk.chain
+        sync = self.chance.choice(("full", "top", "none"))
+        below = {"full": [], "top": chain[:-1], "none": chain}[sync]
+        end = self.chance.choice(("complete", "complete", "cancel")) if sync != "none" else "complete"
+        target = disk.new_image(below[-1] if below else None)
+        arguments: dict[str, Any] = {
+            "device": chain[-1], "sync": sync, "copy-mode": self.chance.choice(("background", "write-blocking")),
+            "granularity": self.chance.choice((4096, 65536, 1 << 20)),
+        }  # fmt: skip
+        if sync == "none" or self.chance.random() < 0.5:
+            name = "drive-mirror"
+            # existing: what the header names is opened when the guest goes over, which the source itself cannot be.
+            mode = "absolute-paths" if sync == "none" else self.chance.choice(("existing", "absolute-paths"))
+            arguments |= {"target": str(disk.path(target)), "node-name": target, "format": "qcow2", "mode": mode}
+        else:
+            name = "blockdev-mirror"
+            arguments["target"] = target
+            file = {"driver": "file", "filename": str(disk.path(target)), "discard": "unmap"}
+            await self.command(
+                "blockdev-add", driver="qcow2", node_name=target, file=file, discard="unmap",
+                backing=below[-1] if below else None,
+            )  # fmt: skip
+        asked = Asked(name, arguments, [*below, target], end, pivot=target, made=[target])
+        if end == "cancel":
+            asked.outcome, asked.pivot, asked.target = [*chain], "", target if sync == "full" else ""
+        return asked
+
+    # -- a job's life ----------------------------------------------------------------------------------------------------
+    async def _run_job(self, asked: Asked) -> None:
+        self.doing = f"{asked.command} {asked.arguments} then {asked.end}"
+        before = [*self.disk.chain]
+        options = {"job-id": "j", "auto-dismiss": False, **asked.arguments}
+        if self.chance.random() < 0.3:
+            options["speed"] = self.chance.choice((1 << 20, 4 << 20, 64 << 20))
+        await self.command(asked.command, **options)
+        await self._accompany(asked)
+        error = next(job for job in await self.command("query-jobs") if job["id"] == "j").get("error")
+        await self.command("job-dismiss", id="j")
+        if error is not None:
+            assert asked.aborted, f"{self.doing}: {error}"
+            assert error == "Operation canceled", f"{self.doing}: {error}"
+            self.count(f"{asked.command} aborted")
+        else:
+            self.disk.chain = asked.outcome
+            mode = asked.arguments.get("sync", "")
+            self.count(" ".join(filter(None, (asked.command, mode, asked.end))))
+        self.disk.tops = []
+        await self._look_at_chain(asked, before)
+
+    async def _accompany(self, asked: Asked) -> None:
+        """Random steps until it is concluded. Nothing holds it up for ever."""
+        steps = 0
+        while (status := await self._status()) != "concluded":
+            steps += 1
+            await asyncio.sleep(self.chance.uniform(0, 0.02))
+            if status == "ready" and asked.end and self.chance.random() < 0.4:
+                await self._end(asked)
+                continue
+            if steps > FULL_SPEED_AFTER:
+                await self._hurry(asked)
+                continue
+            if self.chance.random() < 0.3:
+                await self._interfere(asked)
+
+    async def _status(self) -> str:
+        return str(next(job for job in await self.command("query-jobs") if job["id"] == "j")["status"])
+
+    async def _interfere(self, asked: Asked) -> None:
+        step = self.chance.choice(("pause", "speed", "change", "snapshot", "stop", "abort"))
+        try:
+            if step == "pause":
+                await self.command("job-pause", id="j")
+                await asyncio.sleep(self.chance.uniform(0, 0.05))
+                await self.command("job-resume", id="j")
+            elif step == "speed":
+                await self.command("block-job-set-speed", device="j", speed=self.chance.choice((0, 1 << 20, 16 << 20)))
+            elif step == "change":
+                await self.command(
+                    "block-job-change", id="j", type="mirror", copy_mode=self.chance.choice(("background", "write-blocking"))
+                )
+            elif step == "snapshot":
+                await self.command("blockdev-snapshot-sync", node_name=self.disk.chain[-1], snapshot_file="/nowhere/x")
+            elif step == "stop":
+                await self.command("stop")
+                await self.command("cont")
+            elif self.chance.random() < 0.2:
+                asked.aborted = True
+                await self.command("job-cancel", id="j")
+        except QmpError:
+            self.count(f"{step} refused")
+        else:
+            self.count(step)
+
+    async def _hurry(self, asked: Asked) -> None:
+        """Nothing may hold it up any more; a mirror that does not catch up is helped as documented."""
+        try:
+            await self.command("block-job-set-speed", device="j", speed=0)
+            if asked.command.endswith("mirror"):
+                await self.command("block-job-change", id="j", type="mirror", copy_mode="write-blocking")
+        except QmpError:
+            pass  # it is over
+
+    async def _end(self, asked: Asked) -> None:
+        end, asked.end = asked.end, ""
+        look = self.history.look(0, SECTORS)
+        try:
+            if end == "complete":
+                self.disk.tops = [asked.pivot]
+                await self.command("job-complete", id="j")
+            else:
+                await self.command("block-job-cancel", device="j")
+            while await self._status() != "concluded":
+                await asyncio.sleep(0.005)
+        except QmpError:
+            assert asked.aborted
+        except BaseException:
+            self.history.give_up(look)
+            raise
+        asked.end = end
+        if asked.target and not asked.aborted:
+            await self._check_copy(asked.target, look)
+        else:
+            self.history.give_up(look)
+
+    async def _check_copy(self, target: str, look: Any) -> None:
+        """The target holds a moment between the cancel and the end of the job."""
+        if self.doing.startswith("blockdev"):
+            await self.command("blockdev-del", node_name=target)
+        seen = type(look)(look.start, [set(one) for one in look.seen])
+        self.history.give_up(look)
+        path = self.disk.path(target)
+        data = await asyncio.to_thread(read_all, path, self.disk.folder)
+        await asyncio.to_thread(check, path)
+        self.history.judge(seen, data, f"{self.doing}: the target")
+        self.count("copy checked")
+
+    async def _look_at_chain(self, asked: Asked, before: list[str]) -> None:
+        """The chain on disk is the one that was promised; what is no part of it is closed and forgotten."""
+        chain = self.disk.chain
+        found = await asyncio.to_thread(self.disk.on_disk, chain[-1])
+        assert found == chain, f"{self.doing}: the chain is {found}, not {chain}"
+        for name in reversed([*before, *asked.made]):
+            if name not in chain:
+                try:
+                    await self.command("blockdev-del", node_name=name)
+                except QmpError as error:
+                    if "Failed to find node" not in error.desc:  # it was closed with its last user
+                        raise
+                self.disk.path(name).unlink()
+
+
+async def load(soak: Soak, *, seconds: float, kill: bool) -> None:
+    """Clients and operator for that long; then everybody stops, or is stopped by the daemon's end."""
+    chance = soak.chance
+    clients = [soak.client("guest", chance.randrange(1 << 30), depth=2) for _ in range(2)]
+    clients += [soak.client("guest", chance.randrange(1 << 30), depth=2, vanishing=True)]
+    tasks = [asyncio.create_task(each) for each in (soak.operate(), *clients)]
+    await asyncio.wait(tasks, timeout=seconds, return_when=asyncio.FIRST_EXCEPTION)
+    broken = [task for task in tasks if task.done() and not task.cancelled() and task.exception() is not None]
+    if kill and not broken:
+        soak.daemon.kill()
+    soak.over = True
+    _, late = await asyncio.wait(tasks, timeout=60)
+    for task in late:
+        task.cancel()
+    results = await asyncio.gather(*tasks, return_exceptions=True)
+    assert not late, f"requests or commands without an answer during {soak.doing}"
+    for result in results:
+        if isinstance(result, BaseException) and not (kill and not broken and isinstance(result, (OSError, EOFError))):
+            raise result
+
+
+def one_round(disk: Disk, folder: Path, *, seconds: float, kill: bool) -> Counter[str]:
+    """Start, load, end; what was done."""
+    options: list[str] = []
+    for below, name in zip([None, *disk.chain], disk.chain, strict=False):
+        file = {"driver": "file", "filename": str(disk.path(name)), "discard": "unmap"}
+        node = {"driver": "qcow2", "node-name": name, "file": file, "discard": "unmap", "backing": below}
+        options += ["--blockdev", json.dumps(node | ({"read-only": True} if name != disk.chain[-1] else {}))]
+    options += ["--device", f"virtio-blk,drive={disk.chain[-1]},id=d0,share-rw=on"]
+    with Daemon(folder, *options) as daemon, daemon.qmp(timeout=60) as qmp:
+        qmp.execute("block-export-add", type="nbd", id="guest", node_name="d0", name="guest", writable=True)
+        soak = Soak(disk, daemon, qmp)
+        try:
+            asyncio.run(load(soak, seconds=seconds, kill=kill))
+        except BaseException as error:
+            error.add_note(f"during {soak.doing}; chain {disk.chain}; layout {disk.layout}")
+            raise
+        if not kill:
+            daemon.stop(expect=0)
+    return Counter(soak.done)
+
+
+def soak_a_disk(folder: Path, seed: int, rounds: int, seconds: float) -> Counter[str]:
+    """Rounds on one disk, each going on with what the one before left."""
+    disk, done = Disk(folder, seed), Counter[str]()
+    for number in range(rounds):
+        kill = bool((seed + number) % 2)
+        done += one_round(disk, folder, seconds=seconds, kill=kill)
+        disk.ended(crashed=kill)
+        for path in folder.glob("i*.qcow2"):
+            if path.stem not in disk.chain:
+                path.unlink()
+    return done
+
+
+SEEDS = [int(os.environ["SOAK_SEED"])] if "SOAK_SEED" in os.environ else [1, 2, 3, 4]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", SEEDS)
+def test_jobs_under_load_lose_nothing(seed: int, short_path: Path) -> None:
+    print(dict(soak_a_disk(short_path, seed, rounds=2, seconds=3)))
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(3600)
+def test_jobs_under_load_lose_nothing_in_the_long_run(short_path: Path) -> None:
+    deadline = time.monotonic() + float(os.environ.get("SOAK_SECONDS", "600"))
+    done, seed = Counter[str](), int(os.environ.get("SOAK_SEED", str(random.randrange(1 << 20))))
+    while time.monotonic() < deadline:
+        print(f"seed {seed}", flush=True)
+        done += soak_a_disk(short_path, seed, rounds=4, seconds=5)
+        seed += 1
+        for path in short_path.glob("i*.qcow2"):
+            path.unlink()
+    print(dict(sorted(done.items())))
