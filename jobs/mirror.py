@@ -119,7 +119,9 @@ class MirrorJob(BlockJob):
         self._target = target
         self._plan = plan
         self._mode = plan.copy_mode
-        self._dirty = DirtyMap(source.size, plan.granularity)
+        self._unit = _whole_unit(target, plan)
+        self._granularity = max(plan.granularity, self._unit)
+        self._dirty = DirtyMap(source.size, self._granularity)
         self._lanes = Lanes(max(1, min(LANES, plan.memory // STEP)))
         self._filter: Node | None = None
         self._reader: JobBackend
@@ -273,7 +275,7 @@ class MirrorJob(BlockJob):
         """As much of a dirty run as one copy may take: all that is zero, or one step of data; whole granules."""
         if length <= STEP:
             return length
-        granularity = self._plan.granularity
+        granularity = self._granularity
         try:
             status = await block_status(self._source, offset, STEP)
             if status.zero and status.length == STEP:
@@ -313,13 +315,35 @@ class MirrorJob(BlockJob):
         await self._lanes.empty()
 
     # -- writes that go to both at once (job_filters.Mirror) -----------------------------------------------------------
+    def _whole(self, offset: int, length: int) -> tuple[int, int]:
+        """The range in units of which the target must have all or nothing (offset, length)."""
+        end = min(-(-(offset + length) // self._unit) * self._unit, self._source.size)
+        start = offset // self._unit * self._unit
+        return start, max(end, offset + length) - start
+
     async def enter(self, offset: int, length: int) -> None:
-        await self._lanes.enter(offset, length)
+        await self._lanes.enter(*self._whole(offset, length))
 
     def leave(self, offset: int, length: int) -> None:
-        self._lanes.leave(offset, length)
+        self._lanes.leave(*self._whole(offset, length))
+
+    async def _mirror_whole(self, offset: int, length: int) -> bool:
+        """If the target must not be written in part there: copy all around it, too, and return True."""
+        whole = self._whole(offset, length)
+        if whole == (offset, length):
+            return False
+        try:
+            await copy_range(self._reader, self._writer, *whole, flags=self._flags)
+        except CopyFailed as failed:
+            self._dirty.mark(*whole)
+            self._answer_failure(failed)
+        else:
+            self._dirty.clear(*whole)
+        return True
 
     async def write(self, offset: int, data: memoryview) -> None:
+        if await self._mirror_whole(offset, len(data)):
+            return
         try:
             await self._writer.write(offset, data)
         except OSError as error:
@@ -328,6 +352,8 @@ class MirrorJob(BlockJob):
             self._dirty.clear(offset, len(data))
 
     async def write_zeroes(self, offset: int, length: int, flags: ZeroFlags) -> None:
+        if await self._mirror_whole(offset, length):
+            return
         try:
             await self._writer.write_zeroes(offset, length, flags & ~ZeroFlags.NO_FALLBACK)
         except OSError as error:
@@ -480,6 +506,15 @@ class ActiveCommit(MirrorJob):
         await super().clean()
         if self._was_read_only and not self._moved and self.graph.nodes.get(target.name) is target:
             await set_read_only(self.graph, target, True)
+
+
+def _whole_unit(target: Node, plan: Plan) -> int:
+    """Bytes of the target's clusters, if it gets its backing file only when the guest goes over to it: until then it would fill
+    the rest of a cluster with zeroes, over what the backing file is to show there. Else 1."""
+    image = skip_filters(target)
+    if image.backing is None and (plan.backing is not Backing.LEAVE or image.driver.backing_filename()):
+        return max(image.driver.cluster_size(), 1)
+    return 1
 
 
 def default_granularity(target: Node) -> int:

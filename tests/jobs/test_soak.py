@@ -321,7 +321,9 @@ class Soak(Clients):
         """The chain on disk is the one that was promised; what is no part of it is closed and forgotten."""
         chain = self.disk.chain
         found = await asyncio.to_thread(self.disk.on_disk, chain[-1])
-        assert found == chain, f"{self.doing}: the chain is {found}, not {chain}"
+        assert found == chain, f"{self.doing}: the chain on disk is {found}, not {chain}"
+        opened = await self._opened_chain()
+        assert opened == chain, f"{self.doing}: the chain of nodes is {opened}, not {chain}"
         for name in reversed([*before, *asked.made]):
             if name not in chain:
                 try:
@@ -330,6 +332,18 @@ class Soak(Clients):
                     if "Failed to find node" not in error.desc:  # it was closed with its last user
                         raise
                 self.disk.path(name).unlink()
+
+
+    async def _opened_chain(self) -> list[str]:
+        """The guest's chain of nodes, from the base up."""
+        graph = await self.command("x-debug-query-block-graph")
+        names = {node["id"]: node["name"] for node in graph["nodes"]}
+        below = {edge["parent"]: edge["child"] for edge in graph["edges"] if edge["name"] in ("root", "backing")}
+        device = next(node["id"] for node in graph["nodes"] if node["type"] == "block-backend" and "d0" in node["name"])
+        found: list[str] = []
+        while (device := below.get(device)) is not None:
+            found.insert(0, names[device])
+        return found
 
 
 async def load(soak: Soak, *, seconds: float, kill: bool) -> None:
