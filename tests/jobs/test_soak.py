@@ -96,6 +96,9 @@ class Disk:
             if crashed and path.read_bytes()[79] & 1:  # lazy refcounts: the image says that it needs a repair
                 run(["qemu-img", "check", "-r", "all", path], expect=None)
             check(path, leaks=crashed)
+            if crashed:
+                run(["qemu-img", "check", "-r", "leaks", path], expect=None)
+                check(path)
 
 
 @dataclass
@@ -192,8 +195,8 @@ class Soak(Clients):
         }  # fmt: skip
         if sync == "none" or self.chance.random() < 0.5:
             name = "drive-mirror"
-            # existing: what the header names is opened when the guest goes over, which the source itself cannot be.
-            mode = "absolute-paths" if sync == "none" else self.chance.choice(("existing", "absolute-paths"))
+            # With existing, what the header names is opened anew when the guest goes over: by names that nobody knows.
+            mode = self.chance.choice(("existing", "absolute-paths")) if sync == "full" else "absolute-paths"
             arguments |= {"target": str(disk.path(target)), "node-name": target, "format": "qcow2", "mode": mode}
         else:
             name = "blockdev-mirror"
