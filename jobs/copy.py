@@ -15,7 +15,7 @@ from collections.abc import Awaitable, Callable
 from typing import Final
 
 from livedisk.emulator.block import copy as block_copy
-from livedisk.emulator.block.copy import STEP, ZERO_STEP, CopyFailed, Side
+from livedisk.emulator.block.copy import PIECE, STEP, ZERO_STEP, CopyFailed, Side
 from livedisk.emulator.block.types import ZeroFlags
 from livedisk.jobs.block_job import JobBackend
 from livedisk.jobs.events import IoOperation
@@ -99,4 +99,4 @@ class Lanes:
             await asyncio.wait(self._tasks)
 
 
-__all__ = ["LANES", "OPERATION", "STEP", "ZERO_STEP", "CopyFailed", "Lanes", "Side", "copy_range"]
+__all__ = ["LANES", "OPERATION", "PIECE", "STEP", "ZERO_STEP", "CopyFailed", "Lanes", "Side", "copy_range"]

@@ -44,7 +44,7 @@ from livedisk.emulator.qmp.context import Context
 from livedisk.jobs.block_job import BlockJob, JobBackend
 from livedisk.jobs.chains import chain, links
 from livedisk.jobs.commands import BlockJobChangeOptionsMirror, MirrorCopyMode, jobs_of
-from livedisk.jobs.copy import LANES, OPERATION, STEP, ZERO_STEP, CopyFailed, Lanes, Side, copy_range
+from livedisk.jobs.copy import LANES, OPERATION, PIECE, STEP, ZERO_STEP, CopyFailed, Lanes, Side, copy_range
 from livedisk.jobs.dirty import DirtyMap
 from livedisk.jobs.filters import insert_filter, remove_filter, skip_filters
 from livedisk.jobs.states import JobType, Status
@@ -262,7 +262,7 @@ class MirrorJob(BlockJob):
         offset, length = found
         length = await self._fit(offset, length)
         if self._lanes.occupied(offset, length):
-            after = self._dirty.next(offset + length, STEP)
+            after = self._dirty.next(offset + length, PIECE)
             if after is not None and not self._lanes.occupied(*after):
                 return after[0]
             await self._lanes.change()
@@ -273,16 +273,17 @@ class MirrorJob(BlockJob):
 
     async def _fit(self, offset: int, length: int) -> int:
         """As much of a dirty run as one copy may take: all that is zero, or one step of data; whole granules."""
-        if length <= STEP:
+        step = STEP if self.rate.speed else PIECE
+        if length <= step:
             return length
         granularity = self._granularity
         try:
-            status = await block_status(self._source, offset, STEP)
-            if status.zero and status.length == STEP:
+            status = await block_status(self._source, offset, step)
+            if status.zero and status.length == step:
                 status = await block_status(self._source, offset, length)
         except OSError:
-            return max(STEP, granularity)  # the copy will meet it, too
-        wanted = status.length if status.zero else min(status.length, STEP)
+            return max(step, granularity)  # the copy will meet it, too
+        wanted = status.length if status.zero else min(status.length, step)
         return min(length, max(wanted // granularity * granularity, granularity))
 
     async def _copy(self, offset: int, length: int) -> None:

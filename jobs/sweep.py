@@ -13,7 +13,7 @@ from typing import Final
 
 from livedisk.emulator.device.policy import Action, OnError
 from livedisk.jobs.block_job import BlockJob
-from livedisk.jobs.copy import OPERATION, STEP, CopyFailed, Lanes, Side
+from livedisk.jobs.copy import OPERATION, PIECE, CopyFailed, Lanes, Side
 
 LIMITED_STEP: Final = 512 << 10
 """Bytes a piece under a speed limit (QEMU's STREAM_CHUNK, COMMIT_BUFFER_SIZE)."""
@@ -67,7 +67,7 @@ class Sweep:
             elif self._again:
                 await self._launch(*self._again.pop())
             elif offset < size:
-                step = LIMITED_STEP if job.rate.speed else STEP
+                step = LIMITED_STEP if job.rate.speed else PIECE
                 offset += await self._piece(offset, min(step, size - offset))
             elif not self.lanes.idle:
                 await self.lanes.change()

@@ -91,7 +91,7 @@ class _Copier:
         self.flags = flags
         self.detect_zeroes = detect_zeroes
         self.compressed = compressed
-        self.grain = _grain(target.node)
+        self.grain = grain_of(target.node)
         self._of_target = {target.node, *target.node.graph.below(target.node)}
         self._offloads = not compressed and target.node.driver.copies_in and source.node not in self._of_target
 
@@ -143,21 +143,12 @@ class _Copier:
                     return 0
                 if len(extents) < length:
                     extents = extents[: len(extents) // self.grain * self.grain]
-                if not len(extents) or (self.detect_zeroes and await self._may_be_zero(extents)):
+                if not len(extents) or (self.detect_zeroes and await may_be_zero(extents)):
                     return 0
                 await writing(self.target.copy_in(offset, extents))
                 return len(extents)
         except OSError as error:
             raise CopyFailed(Side.SOURCE, error) from error
-
-    async def _may_be_zero(self, extents: Extents) -> bool:
-        """Whether it takes a closer look to know that a step of the data is not zero."""
-        for start in range(0, len(extents), STEP):
-            with memoryview(bytearray(min(_SAMPLE, len(extents) - start))) as sample:
-                await extents[start : start + len(sample)].read(sample)
-                if is_zero(sample):
-                    return True
-        return False
 
     async def _through_memory(self, offset: int, length: int) -> int:
         with copy_buffer() as buffer, memoryview(buffer) as whole, whole[:length] as data:
@@ -171,6 +162,16 @@ class _Copier:
         return length
 
 
+async def may_be_zero(extents: Extents) -> bool:
+    """Whether it takes a closer look to know that no `STEP` of the data is zero. Raises SourceUnreadable."""
+    for start in range(0, len(extents), STEP):
+        with memoryview(bytearray(min(_SAMPLE, len(extents) - start))) as sample:
+            await extents[start : start + len(sample)].read(sample)
+            if is_zero(sample):
+                return True
+    return False
+
+
 def _check(source: Edge, target: Edge, offset: int, length: int) -> None:
     for side, edge in ((Side.SOURCE, source), (Side.TARGET, target)):
         if offset + length > edge.node.size:
@@ -181,7 +182,7 @@ def _check(source: Edge, target: Edge, offset: int, length: int) -> None:
         raise CopyFailed(Side.TARGET, PermissionError(errno.EPERM, what))
 
 
-def _grain(node: Node) -> int:
+def grain_of(node: Node) -> int:
     """Bytes that the image below maps, or writes compressed, as one; 1 where it has no clusters."""
     while node.filtered is not None:
         node = node.filtered.node

@@ -16,6 +16,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Final
 
+from livedisk.emulator.block.fallocate import start_writeback
 from livedisk.emulator.block.hostfile import HostFile, in_thread
 
 COPY_BUFFER: Final = 2 << 20
@@ -88,10 +89,13 @@ class Extents:
             position += length
 
 
-async def copy_extents(extents: Extents, target: HostFile, offset: int) -> None:
-    """Write ``extents`` into ``target`` at ``offset`` (bytes). Raises OSError; SourceUnreadable where they cannot be read."""
+async def copy_extents(extents: Extents, target: HostFile, offset: int, *, flushed: bool) -> None:
+    """Write ``extents`` into ``target`` at ``offset`` (bytes). ``flushed``: somebody will flush the target, so that the disk may
+    begin with it while the next extents are copied. Raises OSError; SourceUnreadable where they cannot be read."""
     async with target.turn:
         await in_thread(_copy, extents, target, offset)
+    if flushed and target.alignment == 1:
+        await in_thread(start_writeback, target.fd, offset, len(extents))
 
 
 def _copy(extents: Extents, target: HostFile, offset: int) -> None:

@@ -1,4 +1,5 @@
-"""Linux calls on host files that Python has no word for: fallocate with a mode, and block device ioctls.
+"""Linux calls on host files that Python has no word for: fallocate with a mode, sync_file_range, and block
+device ioctls.
 
 All of them block: call them in a thread. Lengths and offsets are bytes; failures are `OSError`. Sources: fallocate(2),
 ``linux/falloc.h``, ``linux/fs.h``.
@@ -16,6 +17,8 @@ from typing import Final
 KEEP_SIZE: Final = 1
 PUNCH_HOLE: Final = 2
 ZERO_RANGE: Final = 16
+
+_SYNC_WRITE: Final = 2
 
 _BLKGETSIZE64: Final = 0x80081272
 _BLKSSZGET: Final = 0x1268
@@ -45,6 +48,17 @@ def punch_hole(fd: int, offset: int, length: int) -> None:
 def zero_range(fd: int, offset: int, length: int) -> None:
     """Make the range read as zeroes without freeing it; grows the file if the range passes its end."""
     fallocate(fd, ZERO_RANGE, offset, length)
+
+
+_sync_file_range = _libc.sync_file_range
+_sync_file_range.argtypes = (ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint)
+_sync_file_range.restype = ctypes.c_int
+
+
+def start_writeback(fd: int, offset: int, length: int) -> None:
+    """Have what the page cache holds of the range written now rather than at the next flush, which will find less to do. A hint:
+    it makes nothing durable, and errors are left for the flush to tell (sync_file_range(2), SYNC_FILE_RANGE_WRITE)."""
+    _sync_file_range(fd, offset, length, _SYNC_WRITE)
 
 
 def device_size(fd: int) -> int:

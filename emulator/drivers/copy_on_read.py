@@ -20,17 +20,16 @@ from typing import Any
 
 import msgspec
 
-from livedisk.emulator.block.debug import Event
+from livedisk.emulator.block.copy import PIECE, SMALL, STEP, grain_of, may_be_zero
 from livedisk.emulator.block.driver import Driver, register
+from livedisk.emulator.block.extents import copy_buffer
 from livedisk.emulator.block.node import Edge, Node, is_zero
 from livedisk.emulator.block.options import BlockdevOptions, BlockdevRef
 from livedisk.emulator.block.permissions import Perm, Role
+from livedisk.emulator.block.pins import pinned
 from livedisk.emulator.block.status import allocation_depth
 from livedisk.emulator.block.types import HostOffset, Kind, Preallocation, Segment, ZeroFlags
 from livedisk.emulator.errors import BlockError
-
-CHUNK = 2 << 20
-"""Bytes copied in one step at most: more than is moved inline, so that a large step is a thread's work."""
 
 
 class CopyOnReadOptions(BlockdevOptions, kw_only=True):
@@ -104,7 +103,7 @@ class CopyOnRead(Driver):
         stop = _under(self._bottom) if self._bottom is not None else None
         end = min(offset + length, below.size)
         while offset < end:
-            depth, run = await allocation_depth(below, offset, min(end - offset, CHUNK), stop)
+            depth, run = await allocation_depth(below, offset, min(end - offset, PIECE), stop)
             if depth > 1:
                 await copy_up(below, offset, run)
             offset += run
@@ -144,9 +143,9 @@ def _under(node: Node) -> Node | None:
 
 async def copy_up(node: Node, offset: int, length: int) -> None:
     """Copy what ``node`` lacks of the range (bytes, inside it) from its backing file into it. What its users see does not
-    change. Memory: at most `CHUNK`. Raises OSError."""
-    for start in range(offset, offset + length, CHUNK):
-        await _copy_chunk(node, start, min(CHUNK, offset + length - start))
+    change. Memory: at most `STEP`. Raises OSError."""
+    for start in range(offset, offset + length, PIECE):
+        await _copy_chunk(node, start, min(PIECE, offset + length - start))
 
 
 async def _copy_chunk(node: Node, offset: int, length: int) -> None:
@@ -154,18 +153,39 @@ async def _copy_chunk(node: Node, offset: int, length: int) -> None:
     async with node.exclusive(offset, length):
         while offset < end:
             segment = await node.map(offset, end - offset)
-            backing = node.backing
+            run, backing = segment.length, node.backing
             if segment.kind is Kind.UNALLOCATED and backing is not None:
-                with memoryview(bytearray(segment.length)) as data:
-                    await backing.read(offset, data)
-                    await _keep(node, offset, data)
-            offset += segment.length
+                run = await _lift(node, backing, offset, run)
+            offset += run
+
+
+async def _lift(node: Node, backing: Edge, offset: int, length: int) -> int:
+    """Copy the start of a range that ``node`` lacks; gives how many bytes. The caller has it exclusively."""
+    grain = grain_of(node)
+    if length > SMALL and node.driver.copies_in and not offset % grain:
+        # In whole clusters: nothing around the data has to be read from below, which is pinned.
+        whole = length if offset + length == node.size else length // grain * grain
+        async with pinned(backing.node, offset, whole, _own(node)) as extents:
+            if extents is not None and len(extents) < whole:
+                extents = extents[: len(extents) // grain * grain]
+            if extents is not None and len(extents) and not await may_be_zero(extents):
+                await node.driver.copy_in(offset, extents)
+                return len(extents)
+    length = min(length, STEP)
+    with copy_buffer() as buffer, memoryview(buffer) as room, room[:length] as data:
+        await backing.read(offset, data)
+        await _keep(node, offset, data)
+    return length
+
+
+def _own(node: Node) -> set[Node]:
+    """The node and what it stores its bytes in."""
+    stores = [edge.node for edge in node.children.values() if not edge.role & Role.COW]
+    return {node, *stores, *(below for store in stores for below in node.graph.below(store))}
 
 
 async def _keep(node: Node, offset: int, data: memoryview) -> None:
     """Write what was read from below; zeroes as zeroes."""
-    if node.driver.debugger is not None:
-        await node.driver.debugger.event(Event.COR_WRITE)
     if is_zero(data):
         try:
             await node.driver.write_zeroes(offset, len(data), ZeroFlags.MAY_UNMAP)

@@ -232,7 +232,7 @@ class FileDriver(Driver):
         self.grown(offset + len(data))
 
     async def copy_in(self, offset: int, extents: Extents) -> None:
-        await copy_extents(extents, self.host, offset)
+        await copy_extents(extents, self.host, offset, flushed=not self.node.cache_no_flush)
         self.grown(offset + len(extents))
 
     def grown(self, end: int) -> None:
