@@ -18,7 +18,7 @@ from livedisk.jobs.job import Jobs
 from livedisk.jobs.states import JobType, Status
 from livedisk.jobs.sweep import Sweep
 
-SIZE = 20 << 20
+SIZE = 64 << 20
 
 
 class Passing(BlockJob):
