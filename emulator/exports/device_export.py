@@ -12,11 +12,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Final
 
+from livedisk.emulator.block.bitmaps import DirtyBitmap
 from livedisk.emulator.block.node import Node
 from livedisk.emulator.device.accounting import FastPath
 from livedisk.emulator.device.spec import SECTOR
 from livedisk.emulator.device.virtio_blk import VirtioBlk
-from livedisk.emulator.exports.contexts import ALLOCATION_DEPTH, BASE_ALLOCATION, describe
+from livedisk.emulator.exports.contexts import Contexts
 from livedisk.emulator.exports.node_export import MAX_PAYLOAD, PREFERRED_BLOCK, declines, warm, zero_flags
 from livedisk.nbd.export import Extent
 
@@ -36,6 +37,7 @@ class DeviceExport:
         writable: bool = False,
         writethrough: bool = False,
         with_depth: bool = False,
+        bitmaps: Sequence[DirtyBitmap] = (),
         shared_clients: bool = True,
     ) -> None:
         block = device.logical_block_size
@@ -54,7 +56,7 @@ class DeviceExport:
         self._writethrough = writethrough
         self._choose_write()
         device.on_write_cache.append(self._choose_write)
-        self._contexts = (BASE_ALLOCATION, ALLOCATION_DEPTH) if with_depth else (BASE_ALLOCATION,)
+        self._contexts = Contexts(bitmaps, with_depth=with_depth)
 
     # -- life --------------------------------------------------------------------------------------------------------
     def close_door(self) -> None:
@@ -85,7 +87,7 @@ class DeviceExport:
     @property
     def contexts(self) -> Sequence[str]:
         """Meta contexts served."""
-        return self._contexts
+        return self._contexts.names
 
     async def read(self, offset: int, view: memoryview) -> None:
         """Fill ``view`` from ``offset``."""
@@ -119,7 +121,7 @@ class DeviceExport:
     async def block_status(self, context: str, offset: int, length: int, limit: int) -> list[Extent]:
         """Describe the range in one of `contexts`."""
         await self.device.enter(self)
-        return await describe(self.device.backend, context, offset, length, limit)
+        return await self._contexts.describe(self.device.backend, context, offset, length, limit)
 
     def client_connected(self, client: object) -> None:
         """Nothing to prepare."""

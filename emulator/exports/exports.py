@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Final
 
 import msgspec
 
+from livedisk.emulator.block.bitmaps import DirtyBitmap
 from livedisk.emulator.block.graph import Graph
 from livedisk.emulator.block.node import Node
 from livedisk.emulator.device.tree import DeviceTree
@@ -67,11 +68,13 @@ class BlockExportDeleted(QapiStruct):
 
 
 class _Record:
-    """One export as clients of QMP know it. ``removal``: the task that ends it, once it was deleted."""
+    """One export as clients of QMP know it. ``bitmaps``: those it shows, which are busy as long as it is there. ``removal``: the
+    task that ends it, once it was deleted."""
 
-    def __init__(self, ident: str, served: NodeExport | DeviceExport) -> None:
+    def __init__(self, ident: str, served: NodeExport | DeviceExport, bitmaps: list[DirtyBitmap]) -> None:
         self.id = ident
         self.served = served
+        self.bitmaps = bitmaps
         self.removal: asyncio.Task[None] | None = None
 
 
@@ -210,22 +213,41 @@ class BlockExports:
             raise ExportError(f"description '{description}' too long")
         if server.find(name) is not None:
             raise ExportError(f"NBD server already has export named '{name}'")
-        for bitmap in options.bitmaps:
-            # Dirty bitmaps have their own place in this project's plan; no node has any yet.
-            raise self._no_bitmap(bitmap)
-        served = self._served(target, name, description, options)
+        node = target.backend.node if isinstance(target, VirtioBlk) else target
+        bitmaps = [self._bitmap(wanted, node, writable=options.writable) for wanted in options.bitmaps]
+        served = self._served(target, name, description, options, bitmaps)
         server.add(served)
-        self._records[options.id] = _Record(options.id, served)
+        for bitmap in bitmaps:
+            bitmap.busy = True
+        self._records[options.id] = _Record(options.id, served, bitmaps)
 
-    def _no_bitmap(self, bitmap: str | DirtyBitmapRef) -> LiveDiskError:
-        if isinstance(bitmap, str):
-            return BlockError(f"Bitmap '{bitmap}' is not found")
-        if bitmap.node not in self._graph.nodes:
-            return NodeNotFound(f"Node '{bitmap.node}' not found")
-        return BlockError(f"Dirty bitmap '{bitmap.name}' not found")
+    def _bitmap(self, wanted: str | DirtyBitmapRef, node: Node, *, writable: bool) -> DirtyBitmap:
+        """The bitmap that an export of ``node`` is to show: of the node or of what shows through it, or of any node by name.
+        Raises BlockError or NodeNotFound in QEMU's words."""
+        if isinstance(wanted, str):
+            bitmap = _in_chain(node, wanted)
+            # Whoever reads would see the bitmap change without the disk that he is shown.
+            if not writable and not bitmap.node.read_only and not bitmap.disabled:
+                raise BlockError(f"Enabled bitmap '{wanted}' incompatible with readonly export")
+        else:
+            found = self._graph.nodes.get(wanted.node) or self._device_node(wanted.node)
+            if found is None:
+                raise NodeNotFound(f"Node '{wanted.node}' not found")
+            bitmap = found.bitmaps.get(wanted.name)
+        bitmap.check_usable(allow_read_only=True)
+        return bitmap
+
+    def _device_node(self, ident: str) -> Node | None:
+        device = self._devices.find(ident)
+        return device.backend.node if device is not None else None
 
     def _served(
-        self, target: Node | VirtioBlk, name: str, description: str, options: NbdExportOptions
+        self,
+        target: Node | VirtioBlk,
+        name: str,
+        description: str,
+        options: NbdExportOptions,
+        bitmaps: list[DirtyBitmap],
     ) -> NodeExport | DeviceExport:
         # max-connections=1 is how an operator says that clients do not share an export.
         shared_clients = self._max_connections != 1
@@ -237,6 +259,7 @@ class BlockExports:
                 writable=options.writable,
                 writethrough=options.writethrough,
                 with_depth=options.allocation_depth,
+                bitmaps=bitmaps,
                 shared_clients=shared_clients,
             )
         export = NodeExport(
@@ -246,6 +269,7 @@ class BlockExports:
             writable=options.writable,
             writethrough=options.writethrough,
             with_depth=options.allocation_depth,
+            bitmaps=bitmaps,
             shared_clients=shared_clients,
         )
         export.attach(target)
@@ -278,6 +302,8 @@ class BlockExports:
 
     async def _end(self, record: _Record) -> None:
         await record.served.close()
+        for bitmap in record.bitmaps:
+            bitmap.busy = False
         del self._records[record.id]
         self._emit(BlockExportDeleted(id=record.id))
 
@@ -307,6 +333,18 @@ class BlockExports:
         """What is served under that export id."""
         record = self._records.get(ident)
         return None if record is None else record.served
+
+
+def _in_chain(node: Node, name: str) -> DirtyBitmap:
+    """The bitmap of that name, of the node or of the first one below that shows through it and has one."""
+    shown: Node | None = node
+    while shown is not None:
+        found = shown.bitmaps.find(name)
+        if found is not None:
+            return found
+        edge = shown.filtered or shown.backing
+        shown = edge.node if edge is not None else None
+    raise BlockError(f"Bitmap '{name}' is not found")
 
 
 def _read_only(target: Node | VirtioBlk) -> bool:

@@ -13,13 +13,14 @@ from collections.abc import Awaitable, Callable, Sequence
 from typing import Final
 
 from livedisk.emulator.block.backend import BlockBackend
+from livedisk.emulator.block.bitmaps import DirtyBitmap
 from livedisk.emulator.block.flatmap import MISS
 from livedisk.emulator.block.graph import Graph
 from livedisk.emulator.block.node import Node
 from livedisk.emulator.block.permissions import Perm
 from livedisk.emulator.block.transaction import Transaction
 from livedisk.emulator.block.types import ZeroFlags
-from livedisk.emulator.exports.contexts import ALLOCATION_DEPTH, BASE_ALLOCATION, describe
+from livedisk.emulator.exports.contexts import Contexts
 from livedisk.nbd.export import Extent
 
 FastPath = Callable[[int, memoryview], int]
@@ -47,6 +48,7 @@ class NodeExport:
         writable: bool = False,
         writethrough: bool = False,
         with_depth: bool = False,
+        bitmaps: Sequence[DirtyBitmap] = (),
         shared_clients: bool = True,
     ) -> None:
         self.name = name
@@ -62,7 +64,7 @@ class NodeExport:
         self.try_write: FastPath = declines if writethrough else self.backend.try_write
         self._graph = graph
         self._writethrough = writethrough
-        self._contexts = (BASE_ALLOCATION, ALLOCATION_DEPTH) if with_depth else (BASE_ALLOCATION,)
+        self._contexts = Contexts(bitmaps, with_depth=with_depth)
 
     # -- life --------------------------------------------------------------------------------------------------------
     def attach(self, node: Node) -> None:
@@ -99,7 +101,7 @@ class NodeExport:
     @property
     def contexts(self) -> Sequence[str]:
         """Meta contexts served."""
-        return self._contexts
+        return self._contexts.names
 
     async def read(self, offset: int, view: memoryview) -> None:
         """Fill ``view`` from ``offset``."""
@@ -128,7 +130,7 @@ class NodeExport:
 
     async def block_status(self, context: str, offset: int, length: int, limit: int) -> list[Extent]:
         """Describe the range in one of `contexts`."""
-        return await describe(self.backend, context, offset, length, limit)
+        return await self._contexts.describe(self.backend, context, offset, length, limit)
 
     def client_connected(self, client: object) -> None:
         """Nothing to prepare: clients share the backend."""
