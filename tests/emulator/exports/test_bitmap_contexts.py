@@ -171,6 +171,7 @@ def test_inconsistent_bitmaps_are_refused(short_path: Path) -> None:
         qemu_img("bitmap", "--add", path, "lost")
         options = node(folder, "a")
         with StorageDaemon(folder, *options, name="killed", nbd=False) as daemon:
+            daemon.qmp().close()  # it has opened the image
             daemon.kill()
         with peer(folder, *options) as daemon, daemon.qmp() as qmp:
             answers.append(scene(daemon, qmp))
