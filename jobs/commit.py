@@ -88,8 +88,10 @@ class CommitJob(BlockJob):
             self.introduce(jobs_of(ctx.daemon), active, self._options.speed)
             if self._was_read_only:
                 await set_read_only(self.graph, self._base, False)
-            self._filter = await insert_filter(self.graph, "commit_top", self._top, self._options.filter_node_name)
-            self.freeze(links(self._filter, self._base))
+            name = self._options.filter_node_name
+            self._filter = await insert_filter(self.graph, "commit_top", self._top, name, read_only=True)
+            # Also what is above stays on the filter until the end: a stream must not take it from there.
+            self.freeze([*links(self._filter, self._base), *self._overlays()])
             shared = Perm.WRITE_UNCHANGED | Perm.WRITE
             self._reader = self.hold(self._top, "intermediate node", Perm.NONE, shared)
             for layer in chain(self._top)[1:]:

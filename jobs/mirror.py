@@ -144,8 +144,8 @@ class MirrorJob(BlockJob):
                 self._filter = await insert_filter(self.graph, "mirror_top", self._source, self._plan.filter_name)
                 self._top.commits = self.commits
                 self._follow_writes()
-            self.introduce(jobs_of(ctx.daemon), self._source, self._plan.speed, Perm.NONE)
-            self._reader = self._backends[0]
+            self.introduce(jobs_of(ctx.daemon), self._filter, self._plan.speed)
+            self._reader = self.hold(self._source, "source")
             self._hold_target()
         except BaseException:
             if self.status is Status.CREATED:
@@ -526,6 +526,6 @@ def default_granularity(target: Node) -> int:
 
 
 def check_root(node: Node) -> None:
-    """Raise BlockError, in QEMU's words, if another node stands on ``node``."""
-    if any(isinstance(edge.parent, Node) for edge in node.parents):
+    """Raise BlockError, in QEMU's words, if another node stands on ``node``, or a job works on it."""
+    if any(isinstance(edge.parent, Node | JobBackend) for edge in node.parents):
         raise BlockError("Need a root block node")

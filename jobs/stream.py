@@ -16,6 +16,7 @@ images below stay as they are.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Final
 
 from livedisk.emulator.block.blockers import Operation, check_not_busy
@@ -91,7 +92,8 @@ class StreamJob(BlockJob):
             self.freeze(links(self._image, self._lowest))
             if self._was_read_only:
                 await set_read_only(self.graph, self._image, False)
-            bottom = {} if self._lowest is self._image or self._base is None else {"bottom": self._lowest.name}
+            lowest = next(layer for layer in _upwards(self._image, self._lowest) if not layer.driver.is_filter)
+            bottom = {} if lowest is self._image or self._base is None else {"bottom": lowest.name}
             try:
                 self._filter = await insert_filter(
                     self.graph, "copy-on-read", asked, self._options.filter_node_name, **bottom
@@ -173,6 +175,12 @@ class StreamJob(BlockJob):
             await remove_filter(self.graph, inserted)
         if self._was_read_only and self.graph.nodes.get(self._image.name) is self._image:
             await set_read_only(self.graph, self._image, True)
+
+
+def _upwards(top: Node, lowest: Node) -> Iterator[Node]:
+    """The layers from ``lowest`` up to ``top``."""
+    layers = chain(top)
+    return reversed(layers[: layers.index(lowest) + 1])
 
 
 @command("block-stream", allow_preconfig=True)

@@ -32,6 +32,7 @@ _WEAK = {
     "file": None,
     "host_device": None,
     "qcow2": None,
+    "copy-on-read": {"bottom"},
     "nbd": {"reconnect-delay", "open-timeout", "x-dirty-bitmap"},
     "blklogwrites": {"log-super-update-interval"},
     "preallocate": None,

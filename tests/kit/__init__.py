@@ -8,6 +8,7 @@
 `kit.qemu`          qemu-img, qemu-io, qemu-nbd, qemu-storage-daemon
 `kit.livedisk`      ``livedisk daemon``, ``livedisk serve`` and any other of our commands
 `kit.machine`       one command line for QEMU's emulator and for ours, and what can be compared of the two
+`kit.script`        scripts that run on both
 `kit.libnbd`        libnbd scripts, nbdinfo, nbdcopy
 `kit.nbdkit`        nbdkit with any plugin
 `kit.fio`           fio's nbd engine

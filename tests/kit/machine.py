@@ -41,7 +41,7 @@ class Machine(Process):
         self._waited: dict[tuple[str, str], int] = {}
         try:
             self.wait_for_socket(folder / socket, bound_as=f"./{socket}")
-            self.qmp = Qmp(folder / socket, timeout=60)
+            self.qmp: Qmp = self.wait_until(lambda: _connected(folder / socket), "answering")
         except BaseException:
             self.kill()
             raise
@@ -88,37 +88,52 @@ class Machine(Process):
             self.events.append((event["event"], event.get("data", {})))
 
 
+def _connected(path: Path) -> Qmp | None:
+    """A connection, or None as long as the socket is there but nobody listens: others of the same relative name may."""
+    try:
+        return Qmp(path, timeout=20)
+    except ConnectionRefusedError:
+        return None
+
+
 def comparable(value: Any, folder: Path) -> Any:
-    """Without what cannot be equal: generated names, times, space on the host, whether a job works at this very moment, and
-    the length of files whose last table is written out whole or not."""
+    """Without what cannot be equal: generated names, times, space on the host, whether a job works at this very moment and
+    how far it is while it runs, and the length of files whose last table is written out whole or not."""
     text = json.dumps(value, sort_keys=True).replace(str(folder), "")
     text = re.sub(r"#block\d+", "#block", text)
     text = re.sub(r'"(actual-size|date-sec|date-nsec|thread-id)": \d+', r'"\1": 0', text)
     text = re.sub(r'"busy": \w+', '"busy": 0', text)
-    return _without_file_lengths(json.loads(text))
+    return _without_chance(json.loads(text))
 
 
-def _without_file_lengths(value: Any) -> Any:
+def _without_chance(value: Any) -> Any:
     if isinstance(value, list):
-        return [_without_file_lengths(one) for one in value]
+        return [_without_chance(one) for one in value]
     if not isinstance(value, dict):
         return value
-    value = {key: _without_file_lengths(one) for key, one in value.items()}
+    value = {key: _without_chance(one) for key, one in value.items()}
     if value.get("format") == "file":
         value["virtual-size"] = 0
+    if value.get("status") in ("running", "paused"):
+        for progress in ("offset", "len", "current-progress", "total-progress"):
+            value.pop(progress, None)
     return value
 
 
 def told(events: Sequence[Event], ignored: Sequence[str] = ("BLOCK_EXPORT_DELETED",)) -> list[Event]:
-    """The events of jobs, in order, without the pauses that nobody asked for: how often QEMU drains is its own affair. What
-    a cancelled job had done by then is a matter of speed. Exports, by which only livedisk's guest comes, are left out."""
+    """The events, in order for each job (how those of several interleave is a matter of speed), without the pauses that nobody
+    asked for: how often QEMU drains is its own affair. What a cancelled job had done by then is a matter of speed, too.
+    Exports, by which only livedisk's guest comes, are left out."""
     kept: list[Event] = []
     for name, data in events:
         if name in ignored:
             continue
         left_out = ("offset", "len") if name == "BLOCK_JOB_CANCELLED" else ()
         kept.append((name, {key: value for key, value in data.items() if key not in left_out}))
-    return list(_without_short_pauses(kept))
+    order: dict[Any, list[Event]] = {}
+    for one in kept:
+        order.setdefault(one[1].get("device", one[1].get("id")), []).append(one)
+    return [one for events in order.values() for one in _without_short_pauses(events)]
 
 
 def _without_short_pauses(events: list[Event]) -> Iterator[Event]:

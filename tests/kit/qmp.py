@@ -51,7 +51,11 @@ class Qmp:
         else:
             self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
             self._socket.settimeout(timeout)
-            self._socket.connect(str(address))
+            try:
+                self._socket.connect(str(address))
+            except OSError:
+                self._socket.close()
+                raise
         self.greeting: dict[str, Any] = self.receive()["QMP"]
         if negotiate:
             self.execute("qmp_capabilities", **({"enable": ["oob"]} if oob else {}))
