@@ -114,6 +114,8 @@ async def read_raw(file: Readable, header: Header) -> bytearray:
     """The directory as it stands. Raises ImageError if it is not in the file."""
     extension = header.bitmaps
     assert extension is not None
+    if not extension.directory_size:
+        raise ImageError("Requested bitmap directory size is zero")
     if extension.directory_offset + extension.directory_size > file.size:
         raise ImageError("Failed to read bitmap directory")
     raw = bytearray(extension.directory_size)
