@@ -144,6 +144,8 @@ class BlockJob(Job):
     ) -> JobBackend:
         """Make the job known, hold its main node, set its speed. Raises BlockError, PermissionConflict or LockError; a job
         that was known by then is gone again, and its holds are the caller's to give back with `let_go`."""
+        if not self.id:
+            self.id = next((user.user_name for user in self.graph.backends_above([main]) if user.user_name), "")
         jobs.add(self)
         try:
             backend = self.hold(main, "main node", perm, shared)

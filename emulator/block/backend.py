@@ -45,6 +45,8 @@ class BlockBackend:
 
     of_job = False
     """Whether it is a job's hold on a node, and no user of its own."""
+    user_name = ""
+    """The name that a user gave it (a drive's); "": none."""
     owner: object | None = None
     """The job whose hold it is."""
 

@@ -330,6 +330,11 @@ class Driver(ABC):
         """The backing format as the image's header has it, or None."""
         return None
 
+    async def make_empty(self) -> None:
+        """Let go of everything that the image holds itself, so that its backing file shows through. Raises BlockError where the
+        format cannot, or OSError."""
+        raise BlockError(f"Format driver '{self.name}' cannot empty an image")
+
     async def change_backing_file(self, filename: str | None, fmt: str | None) -> None:
         """Rewrite the backing file name (and format) in the image's header."""
         raise OSError(errno.ENOTSUP, os.strerror(errno.ENOTSUP))

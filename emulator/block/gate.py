@@ -19,7 +19,7 @@ import logging
 import os
 import re
 from collections.abc import Callable, Iterator
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
 
@@ -28,6 +28,9 @@ from livedisk.emulator.block.node import Edge, Node
 from livedisk.emulator.block.options import BlockdevOptions
 from livedisk.emulator.block.permissions import Role
 from livedisk.emulator.errors import BlockError
+
+if TYPE_CHECKING:
+    from livedisk.emulator.block.graph import Graph
 
 log = logging.getLogger(__name__)
 UNSET = msgspec.UNSET
@@ -84,7 +87,7 @@ def resolve(node: Node, filename: str) -> str:
     return prefix + os.path.join(os.path.dirname(own), path)
 
 
-def protocol_options(node: Node, filename: str) -> BlockdevOptions:
+def protocol_options(node: Node | Graph, filename: str) -> BlockdevOptions:
     """Options of the protocol node that a (resolved) name means. Raises BlockError, naming the protocol, if it is not known."""
     if filename.startswith("json:"):
         return _json_options(node, filename[5:])
@@ -125,7 +128,7 @@ def image_options(node: Node, filename: str, fmt: str, **generic: Any) -> Blockd
     return make(driver=fmt, file=file, **generic)
 
 
-def _named_child(node: Node, cls: type[Driver], key: str, value: Any) -> Any:
+def _named_child(node: Node | Graph, cls: type[Driver], key: str, value: Any) -> Any:
     """A value that a file name gave: of a child, the options that its own file name means."""
     return protocol_options(node, value) if key in cls.filename_children else value
 
@@ -138,7 +141,7 @@ def _is_block_device(path: str) -> bool:
     return mode & 0o170000 == 0o060000
 
 
-def _json_options(node: Node, text: str) -> BlockdevOptions:
+def _json_options(node: Node | Graph, text: str) -> BlockdevOptions:
     parse = node.graph.parse_options
     if parse is None:
         raise BlockError("json: filenames are not available here")
@@ -148,10 +151,10 @@ def _json_options(node: Node, text: str) -> BlockdevOptions:
         raise BlockError(f"Could not parse the JSON options: {error}") from None
     if not isinstance(options, dict):
         raise BlockError("Invalid JSON object given")
-    return parse(_nested(options))
+    return parse(nested(options))
 
 
-def _nested(options: dict[str, Any]) -> dict[str, Any]:
+def nested(options: dict[str, Any]) -> dict[str, Any]:
     """The options with ``{"server.path": ...}`` written as ``{"server": {"path": ...}}``: QEMU takes and writes both."""
     whole: dict[str, Any] = {}
     for name, value in options.items():
@@ -162,7 +165,7 @@ def _nested(options: dict[str, Any]) -> dict[str, Any]:
             if not isinstance(inner, dict):
                 raise BlockError(f"Parameter '{name}' contradicts another one")
         if isinstance(value, dict):
-            value = _nested(value)
+            value = nested(value)
             present = inner.get(last)
             if isinstance(present, dict):
                 value = {**present, **value}

@@ -66,6 +66,11 @@ class Graph:
         self._drains: list[_Drain] = []
         self._serial = 0
 
+    @property
+    def graph(self) -> Graph:
+        """Itself: who only needs a node's graph can be handed either."""
+        return self
+
     # -- names -----------------------------------------------------------------------------------------------------
     def find(self, name: str) -> Node:
         """The node of that name. Raises NodeNotFound in QEMU's words."""

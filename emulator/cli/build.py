@@ -9,7 +9,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, Final
 
 from livedisk.emulator.block.options import BlockdevOptions
-from livedisk.emulator.cli.daemon_options import MACHINE, MONITORS, STORAGE_DAEMON
+from livedisk.emulator.cli.daemon_options import DEVICES, MACHINE, MONITORS, STORAGE_DAEMON
 from livedisk.emulator.cli.options import Given
 from livedisk.emulator.daemon import Daemon
 from livedisk.emulator.device.runstate import State
@@ -52,6 +52,7 @@ class Builder:
         self._given = given
         self._daemonize = daemonize
         self._monitors = 0
+        self._driven: list[tuple[Given, str]] = []
         self._paused = False
         self.daemon = Daemon()
         for one in given:
@@ -113,6 +114,8 @@ class Builder:
         steps = self._in_order()
         first = next((place for place, one in enumerate(steps) if one.option.rank == MONITORS), len(steps))
         for place, one in enumerate(steps):
+            if (one.option.rank or 0) > DEVICES:
+                await self._attach_drives()
             if place == first:
                 self._start()
             try:
@@ -124,6 +127,7 @@ class Builder:
                 raise HelpShown(listing(one.name, request.values)) from None
             except (LiveDiskError, OSError) as error:
                 raise Refused(one, error) from error
+        await self._attach_drives()
         if first == len(steps):
             self._start()
 
@@ -170,6 +174,27 @@ class Builder:
 
     async def export(self, given: Given) -> None:
         await self.daemon.exports.add(parse_option(NbdExportOptions, given.value, "type"))
+
+    async def drive(self, given: Given) -> None:
+        """A drive; one with a bus gets its device when the devices are made, after those that are asked for."""
+        # Imported here: many daemons have none.
+        from livedisk.emulator.device import drive_options
+
+        devices, warn = self.daemon.devices, self._warn(given)
+        values = parse_opts(given.value, warn=warn)
+        present = [drive.spec for drive in devices.drives]
+        spec = await drive_options.read(self.daemon.graph, values, present, warn)
+        await devices.drives.add(spec)
+        if spec.interface == "virtio":
+            self._driven.append((given, spec.name))
+
+    async def _attach_drives(self) -> None:
+        while self._driven:
+            given, name = self._driven.pop(0)
+            try:
+                await self.daemon.add_device({"driver": "virtio-blk", "drive": name}, KEYVAL)
+            except (LiveDiskError, OSError) as error:
+                raise Refused(given, error) from error
 
     async def device(self, given: Given) -> None:
         if given.value.startswith("{"):
@@ -231,6 +256,7 @@ _STEPS: Final[dict[str, Callable[[Builder, Given], Awaitable[None]]]] = {
     "blockdev": Builder.blockdev,
     "nbd-server": Builder.nbd_server,
     "export": Builder.export,
+    "drive": Builder.drive,
     "device": Builder.device,
     "chardev": Builder.chardev,
     "mon": Builder.mon,

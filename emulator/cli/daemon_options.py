@@ -14,6 +14,8 @@ CONTROL = "Control"
 PROCESS = "The process"
 MACHINE = "Options of a whole machine"
 
+DEVICES = 4
+"""The rank of devices."""
 MONITORS = 6
 """The rank of what lets clients in: everything else is there by then."""
 
@@ -46,6 +48,15 @@ TABLE: tuple[Option, ...] = (
         BUILD,
         3,
         "Start the NBD server. With tls-creds it requires TLS of every client.",
+    ),
+    _option(
+        "drive",
+        "[if=virtio|none,][id=ID,]file=FILE,format=FORMAT[,OPTION=VALUE...]",
+        BUILD,
+        2,
+        "A named image, with a virtio block device on it unless if=none. Options: cache=none|writeback|writethrough|unsafe|"
+        "directsync, aio, discard, detect-zeroes, snapshot, readonly, copy-on-read, werror, rerror, throttling.*, index, unit, "
+        "and those of the image's node.",
     ),
     _option(
         "device",

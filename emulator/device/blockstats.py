@@ -8,6 +8,7 @@ from typing import Any
 from livedisk.emulator.block.node import Node
 from livedisk.emulator.block.permissions import Role
 from livedisk.emulator.device.accounting import BlockDeviceStats
+from livedisk.emulator.device.drives import Drive
 from livedisk.emulator.device.virtio_blk import VirtioBlk
 from livedisk.emulator.qmp.qapi import UNSET, QapiStruct, UnsetType
 
@@ -27,10 +28,22 @@ class BlockStats(QapiStruct):
 
 def device_stats(device: VirtioBlk) -> BlockStats:
     """A device's own sums, and the nodes below it."""
-    stats = _below(_visible(device.backend.node))
-    stats.device = ""
+    root = device.backend.root
+    if root is None:
+        return BlockStats(device=device.backend.user_name, qdev=device.backend_path, stats=device.accounting.stats())
+    stats = _below(_visible(root.node))
+    stats.device = device.backend.user_name
     stats.qdev = device.backend_path
     stats.stats = device.accounting.stats(device.backend.node.wr_highest)
+    return stats
+
+
+def drive_stats(drive: Drive) -> BlockStats:
+    """A drive without a device: nobody asks anything of it."""
+    node = drive.node
+    stats = BlockStats(stats=drive.accounting.stats()) if node is None else _below(_visible(node))
+    stats.device = drive.name
+    stats.stats = drive.accounting.stats(node.wr_highest if node is not None else 0)
     return stats
 
 

@@ -13,6 +13,7 @@ from typing import Any, Final
 import msgspec
 
 from livedisk.emulator.block.graph import Graph
+from livedisk.emulator.device.drives import Drive, Drives
 from livedisk.emulator.device.events import DeviceDeleted
 from livedisk.emulator.device.options import DeviceError, DeviceOptions, check, model_of, read_options
 from livedisk.emulator.device.runstate import RunState
@@ -43,6 +44,7 @@ class DeviceTree:
         self._known_iothread = known_iothread
         self._devices: list[VirtioBlk] = []
         self._anonymous = 0
+        self.drives = Drives(graph)
         self.before_delete: list[Callable[[VirtioBlk], Awaitable[None]]] = []
 
     def __iter__(self) -> Iterator[VirtioBlk]:
@@ -57,7 +59,15 @@ class DeviceTree:
 
     def find_drive(self, name: str) -> VirtioBlk | None:
         """The device whose block device has that name."""
+        drive = self.drives.find(name)
+        if drive is not None:
+            return drive.device
         return next((device for device in self._devices if name and name == device.id), None)
+
+    def blocks(self) -> list[VirtioBlk | Drive]:
+        """Every block device that queries tell of: drives without a device, and devices; each once, in order of making."""
+        found: list[VirtioBlk | Drive] = [drive.device or drive for drive in self.drives]
+        return found + [device for device in self._devices if device not in found]
 
     def get(self, name: str) -> VirtioBlk:
         """As `find`; raises DeviceNotFound."""
@@ -75,12 +85,15 @@ class DeviceTree:
         model_of(values)
         self._check_id(values.get("id"))
         options = read_options(values, syntax)
-        node = self._drive(options)
+        drive = self._free_drive(options)
+        node = self._drive(options) if drive is None else drive.backend.node
         check(options)
         if isinstance(options.iothread, str) and not self._known_iothread(options.iothread):
             raise DeviceNotFound(f"Device '{options.iothread}' not found")
-        device = VirtioBlk(self._graph, self._run_state, self._emit, options, self._new_path(options))
+        device = VirtioBlk(self._graph, self._run_state, self._emit, options, self._new_path(options), drive)
         await device.realize(node)
+        if drive is not None:
+            drive.device = device
         self._devices.append(device)
         return device
 
@@ -94,6 +107,21 @@ class DeviceTree:
             )
         if any(device.id == wanted for device in self._devices):
             raise DeviceError(f"Duplicate device ID '{wanted}'")
+
+    def _free_drive(self, options: DeviceOptions) -> Drive | None:
+        """The drive that the device is to be put on; None if it names none. Raises DeviceError."""
+        drive = self.drives.find(options.drive) if isinstance(options.drive, str) else None
+        if drive is None:
+            return None
+        if drive.device is not None:
+            how = "by another device"
+            if drive.spec.interface == "virtio":
+                how = "because it has been automatically connected to another device"
+                raise DeviceError(f"Drive '{drive.name}' is already in use {how} (did you need 'if=none' in the drive options?)")
+            raise DeviceError(f"Drive '{drive.name}' is already in use {how}")
+        if drive.node is None:
+            raise DeviceError("Device needs media, but drive is empty")
+        return drive
 
     def _drive(self, options: DeviceOptions) -> Any:
         if not isinstance(options.drive, str):
@@ -122,6 +150,8 @@ class DeviceTree:
             await watcher(device)
         self._devices.remove(device)
         await device.unrealize()
+        if device.drive is not None:
+            self.drives.forget(device.drive)
         # QEMU sends one for the virtio part and one for the device around it.
         self._emit(DeviceDeleted(path=device.backend_path))
         self._emit(DeviceDeleted(device=device.id or msgspec.UNSET, path=device.path))
@@ -129,4 +159,8 @@ class DeviceTree:
     async def close(self) -> None:
         """End every device, without events: the daemon ends. Exports are gone already."""
         while self._devices:
-            await self._devices.pop().unrealize()
+            device = self._devices.pop()
+            await device.unrealize()
+            if device.drive is not None:
+                self.drives.forget(device.drive)
+        await self.drives.close()

@@ -55,6 +55,7 @@ from livedisk.emulator.device.spec import (
 )
 
 if TYPE_CHECKING:
+    from livedisk.emulator.device.drives import Drive
     from livedisk.emulator.qmp.query_block import BlockInfo
 
 log = logging.getLogger(__name__)
@@ -84,20 +85,24 @@ class VirtioBlk:
         emit: Callable[[msgspec.Struct], None],
         options: DeviceOptions,
         path: str,
+        drive: Drive | None = None,
     ) -> None:
         self.options = options
         self.id = options.id if isinstance(options.id, str) else ""
         self.path = path
         self.backend_path = f"{path}/virtio-backend"
-        self.backend = BlockBackend(graph, self.backend_path)
+        self.drive = drive
+        self.backend = BlockBackend(graph, self.backend_path) if drive is None else drive.backend
         self.accounting = Accounting(
             account_invalid=options.account_invalid is not OnOffAuto.OFF,
             account_failed=options.account_failed is not OnOffAuto.OFF,
         )
         self.logical_block_size, self.physical_block_size = block_sizes(options)
-        self.rerror = settled(options.rerror, read=True)
-        self.werror = settled(options.werror, read=False)
-        self.write_cache = options.write_cache is not OnOffAuto.OFF
+        spec = drive.spec if drive is not None else None
+        self.rerror = settled(spec.rerror if spec and options.rerror is OnError.AUTO else options.rerror, read=True)
+        self.werror = settled(spec.werror if spec and options.werror is OnError.AUTO else options.werror, read=False)
+        auto = spec.write_cache if spec is not None else True
+        self.write_cache = auto if options.write_cache is OnOffAuto.AUTO else options.write_cache is OnOffAuto.ON
         self.read_only = False
         self.on_write_cache: list[Callable[[], None]] = []
         """Called when `try_write` is another."""
@@ -126,7 +131,10 @@ class VirtioBlk:
             perm |= Perm.WRITE
         if self.options.share_rw:
             shared |= Perm.WRITE
-        self._graph.attach_root(self.backend, node, perm, shared)
+        if self.backend.root is None:
+            self._graph.attach_root(self.backend, node, perm, shared)
+        else:
+            self._graph.set_root_permissions(self.backend, perm, shared)
         if not any(self.geometry):
             self.geometry = guess(self.size, await self._first_sector())
         self._run_state.add(self)
@@ -135,12 +143,12 @@ class VirtioBlk:
         """Let what is in flight end, flush, and take the device off its node. All doors are closed."""
         self.backend.quiesce()
         await self.backend.idle()
-        node = self.backend.node
+        node = self.backend.root.node if self.backend.root is not None else None
         try:
-            if not node.read_only:
+            if node is not None and not node.read_only:
                 await node.flush()
         except OSError as error:
-            log.warning("device %s: flushing node '%s' failed: %s", self.path, node.name, error)
+            log.warning("device %s: flushing its node failed: %s", self.path, error)
         self._run_state.remove(self)
         self.backend.unquiesce()
         self.backend.set_throttle(None)
@@ -166,7 +174,9 @@ class VirtioBlk:
 
     @property
     def drive_name(self) -> str:
-        """The property ``drive``: the node that the device is on, or ""."""
+        """The property ``drive``: the name of the drive, else of the node, that the device is on, or ""."""
+        if self.backend.user_name:
+            return self.backend.user_name
         return self.backend.node.name if self.backend.root is not None else ""
 
     async def _first_sector(self) -> bytes:
@@ -346,7 +356,7 @@ class VirtioBlk:
         self._emit(
             BlockIoError(
                 qom_path=self.backend_path,
-                device="",
+                device=self.backend.user_name,
                 node_name=root.node.name if root is not None else UNSET,
                 operation=IoOperationType.READ if read else IoOperationType.WRITE,
                 action=action,
@@ -368,15 +378,23 @@ class VirtioBlk:
     async def block_info(self) -> BlockInfo:
         """This device's element of query-block."""
         # Imported here: a device works without QMP.
-        from livedisk.emulator.qmp.query_block import BlockDeviceIoStatus, BlockInfo, node_info, throttling
+        from livedisk.emulator.qmp.query_block import (
+            BlockDeviceInfo,
+            BlockDeviceIoStatus,
+            BlockInfo,
+            node_info,
+            throttling,
+        )
 
-        info = await node_info(self.backend.node, deep=True, writeback=self.write_cache, skip_implicit=True)
-        throttle = self.backend.throttle
-        if throttle is not None:
-            info = msgspec.structs.replace(info, **throttling(throttle.group))
+        info: BlockDeviceInfo | msgspec.UnsetType = UNSET
+        if self.backend.root is not None:
+            info = await node_info(self.backend.node, deep=True, writeback=self.write_cache, skip_implicit=True)
+            throttle = self.backend.throttle
+            if throttle is not None:
+                info = msgspec.structs.replace(info, **throttling(throttle.group))
         status = self.io_status
         return BlockInfo(
-            device="",
+            device=self.backend.user_name,
             qdev=self.backend_path,
             type="unknown",
             removable=False,

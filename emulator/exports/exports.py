@@ -181,7 +181,9 @@ class BlockExports:
         Raises as `add` does.
         """
         name = options.name if isinstance(options.name, str) else options.device
-        target = self._devices.find(options.device) or self._graph.nodes.get(options.device)
+        drive = self._devices.drives.find(options.device)
+        target = drive.node if drive is not None else self._devices.find(options.device)
+        target = target or self._graph.nodes.get(options.device)
         if target is None:
             raise NodeNotFound(f"Cannot find device='{options.device}' nor node-name='{options.device}'")
         self._check_id(name)

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from livedisk.emulator.device.blockstats import BlockStats, device_stats, node_stats
+from livedisk.emulator.device.blockstats import BlockStats, device_stats, drive_stats, node_stats
+from livedisk.emulator.device.drives import Drive
 from livedisk.emulator.device.runstate import State
 from livedisk.emulator.qmp.context import Context
 from livedisk.emulator.qmp.qapi import UNSET, QapiStruct, UnsetType
@@ -90,4 +91,5 @@ async def query_blockstats(ctx: Context, args: QueryBlockstats) -> list[BlockSta
     """Statistics of every device, or of every node, oldest first."""
     if args.query_nodes:
         return [node_stats(node) for node in creation_order(ctx.daemon.graph)]
-    return [device_stats(device) for device in ctx.daemon.devices]
+    blocks = ctx.daemon.devices.blocks()
+    return [drive_stats(one) if isinstance(one, Drive) else device_stats(one) for one in blocks]

@@ -113,9 +113,10 @@ def _load_commands() -> None:
     """The built-in commands register while their module is imported, which needs this one first."""
     global _commands_loaded
     if not _commands_loaded:
-        from livedisk.emulator.qmp import hmp_commands, hmp_io
+        from livedisk.emulator.qmp import hmp_commands, hmp_drives, hmp_io
 
         assert hmp_commands
+        assert hmp_drives
         assert hmp_io
         _commands_loaded = True
 
@@ -156,7 +157,8 @@ def _arguments(command: HmpCommand, text: str) -> dict[str, Any]:
         if not text:
             if kind.endswith("?"):
                 continue
-            raise HmpError(f"{command.name}: {_WANTED[kind[0]]} expected\n{_hint(command)}")
+            wanted = "invalid size" if kind[0] == "o" else f"{command.name}: {_WANTED[kind[0]]} expected"
+            raise HmpError(f"{wanted}\n{_hint(command)}")
         if kind[0] == "S":
             values[name], text = text, ""
             continue
@@ -205,7 +207,7 @@ def _bytes(command: HmpCommand, word: str) -> int:
     # A bare number counts megabytes, as in QEMU.
     value = parse_size(word if word[-1:].isalpha() else f"{word}M")
     if value is None:
-        raise HmpError(f"{command.name}: invalid size\n{_hint(command)}")
+        raise HmpError(f"invalid size\n{_hint(command)}")
     return value
 
 

@@ -84,6 +84,22 @@ async def info_block_jobs(ctx: Context, args: dict[str, Any]) -> str:
     return "".join(lines)
 
 
+@hmp_command("info blockstats", help="show block device statistics")
+async def info_blockstats(ctx: Context, args: dict[str, Any]) -> str:
+    """Devices that have a name."""
+    members = ["rd_bytes", "wr_bytes", "rd_operations", "wr_operations", "flush_operations"]
+    members += ["wr_total_time_ns", "rd_total_time_ns", "flush_total_time_ns", "rd_merged", "wr_merged"]
+    lines = []
+    for device in await ask(ctx, "query-blockstats"):
+        if not device["device"]:
+            continue
+        stats = [f"{name}={device['stats'][name]}" for name in members]
+        idle = device["stats"].get("idle_time_ns")
+        stats += [] if idle is None else [f"idle_time_ns={idle}"]
+        lines.append(f"{device['device']}: {' '.join(stats)} \n" if idle is None else f"{device['device']}: {' '.join(stats)}\n")
+    return "".join(lines)
+
+
 @hmp_command(
     "info block",
     args="nodes:-n,verbose:-v,device:B?",

@@ -15,6 +15,11 @@ from livedisk.emulator.qmp.qapi import UnsetType
 def find_node(ctx: Context, device: str | UnsetType, node_name: str | UnsetType) -> Node:
     """The node in ``device``, else the node ``node_name``. Raises NodeNotFound in QEMU's words."""
     if isinstance(device, str):
+        drive = ctx.daemon.devices.drives.find(device)
+        if drive is not None:
+            if drive.node is None:
+                raise NodeNotFound(f"Device '{device}' has no medium")
+            return drive.node
         found_device = ctx.daemon.devices.find(device)
         if found_device is not None:
             return found_device.backend.node

@@ -17,6 +17,8 @@ from livedisk.emulator.block.bitmaps import DirtyBitmap
 from livedisk.emulator.block.node import Node
 from livedisk.emulator.block.throttle import Bucket, ThrottleGroup
 from livedisk.emulator.block.types import DetectZeroes
+from livedisk.emulator.device.drives import Drive
+from livedisk.emulator.device.virtio_blk import VirtioBlk
 from livedisk.emulator.qmp.context import Context
 from livedisk.emulator.qmp.filenames import Names
 from livedisk.emulator.qmp.qapi import UNSET, QapiStruct, UInt32, UnsetType
@@ -175,7 +177,18 @@ async def query_named_block_nodes(ctx: Context, args: QueryNamedBlockNodes) -> l
 @command("query-block", allow_preconfig=True)
 async def query_block(ctx: Context) -> list[BlockInfo]:
     """Every device."""
-    return [await device.block_info() for device in ctx.daemon.devices]
+    return [await _block_info(one) for one in ctx.daemon.devices.blocks()]
+
+
+async def _block_info(one: VirtioBlk | Drive) -> BlockInfo:
+    if isinstance(one, VirtioBlk):
+        return await one.block_info()
+    inserted: BlockDeviceInfo | UnsetType = UNSET
+    if one.node is not None:
+        inserted = await node_info(one.node, deep=True, writeback=one.spec.write_cache, skip_implicit=True)
+        if one.backend.throttle is not None:
+            inserted = msgspec.structs.replace(inserted, **throttling(one.backend.throttle.group))
+    return BlockInfo(device=one.name, type="unknown", removable=True, locked=False, inserted=inserted)
 
 
 async def node_info(node: Node, *, deep: bool, writeback: bool = True, skip_implicit: bool = False) -> BlockDeviceInfo:

@@ -209,7 +209,7 @@ async def block_set_io_throttle(ctx: Context, args: BlockIOThrottle) -> None:
         raise BlockError("Need exactly one of 'device' and 'id'")
     name = args.id if isinstance(args.id, str) else args.device
     assert isinstance(name, str)
-    device = ctx.daemon.devices.find(name)
+    device = ctx.daemon.devices.drives.find(name) or ctx.daemon.devices.find(name)
     if device is None:
         raise DeviceNotFound(f"Device '{name}' not found")
     limits = args.limits()

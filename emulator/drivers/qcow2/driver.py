@@ -238,6 +238,12 @@ class Qcow2(Driver):
             await self.image.bitmaps.tidy()
             await self.image.writeback.run()
 
+    async def make_empty(self) -> None:
+        await self._before_change()
+        await self.image.zeroer.drop(0, self.image.geometry.round_up(self.size))
+        await self.image.writeback.run()
+        self.node.mapping_changed()
+
     async def truncate(self, size: int, *, exact: bool, prealloc: Preallocation) -> None:
         self._check_usable()
         await resize(self.image, size, exact=exact, prealloc=prealloc)

@@ -215,7 +215,7 @@ def test_any_bytes_are_taken(data: bytes) -> None:
 
 def test_completion() -> None:
     assert complete("inf") == ["info"]
-    assert complete("info bl") == ["block", "block-jobs"]
+    assert complete("info bl") == ["block", "block-jobs", "blockstats"]
     assert complete("help qu") == ["quit"]
     assert complete("info block ") == []
     echoed: list[str] = []
