@@ -117,7 +117,9 @@ class DeviceTree:
             how = "by another device"
             if drive.spec.interface == "virtio":
                 how = "because it has been automatically connected to another device"
-                raise DeviceError(f"Drive '{drive.name}' is already in use {how} (did you need 'if=none' in the drive options?)")
+                raise DeviceError(
+                    f"Drive '{drive.name}' is already in use {how} (did you need 'if=none' in the drive options?)"
+                )
             raise DeviceError(f"Drive '{drive.name}' is already in use {how}")
         if drive.node is None:
             raise DeviceError("Device needs media, but drive is empty")

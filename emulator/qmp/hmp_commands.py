@@ -96,7 +96,9 @@ async def info_blockstats(ctx: Context, args: dict[str, Any]) -> str:
         stats = [f"{name}={device['stats'][name]}" for name in members]
         idle = device["stats"].get("idle_time_ns")
         stats += [] if idle is None else [f"idle_time_ns={idle}"]
-        lines.append(f"{device['device']}: {' '.join(stats)} \n" if idle is None else f"{device['device']}: {' '.join(stats)}\n")
+        lines.append(
+            f"{device['device']}: {' '.join(stats)} \n" if idle is None else f"{device['device']}: {' '.join(stats)}\n"
+        )
     return "".join(lines)
 
 

@@ -355,7 +355,9 @@ class JobsResult:
         """Every aim that was measured and not reached, in words."""
         found = []
         for row in self.rows:
-            aims = [("MB/s", "rate", row.wanted)] + ([("the guest's IOPS", "iops", row.wanted_guest)] if row.guest else [])
+            aims = [("MB/s", "rate", row.wanted)] + (
+                [("the guest's IOPS", "iops", row.wanted_guest)] if row.guest else []
+            )
             for words, what, wanted in aims:
                 ratio = self.ratio(row, what)
                 if ratio is not None and ratio < wanted:

@@ -239,7 +239,7 @@ class Qcow2(Driver):
             await self.image.writeback.run()
 
     async def make_empty(self) -> None:
-        await self._before_change()
+        await self._before_change(0, self.size)
         await self.image.zeroer.drop(0, self.image.geometry.round_up(self.size))
         await self.image.writeback.run()
         self.node.mapping_changed()

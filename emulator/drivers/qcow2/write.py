@@ -197,7 +197,9 @@ class Writer:
             await image.writeback.run()
         return done
 
-    def _inline(self, plan: _Plan, table: Table[array[int]], index: int, offset: int, data: memoryview | Extents) -> bool:
+    def _inline(
+        self, plan: _Plan, table: Table[array[int]], index: int, offset: int, data: memoryview | Extents
+    ) -> bool:
         """Write the data of a plan at once, if nothing must be copied around it and the host file takes it without blocking.
 
         This is what makes allocating writes quick: no await, and so no claim either. It writes as the flat map does, and like it

@@ -222,4 +222,4 @@ def test_completion() -> None:
     editor = LineEditor("> ", echoed.append, complete)
     editor.show_prompt()
     assert list(editor.feed(b"inf\tbl\t\t\r")) == ["info block"]
-    assert "\nblock       block-jobs  \n" in "".join(echoed)
+    assert "\nblock       block-jobs  blockstats  \n" in "".join(echoed)
