@@ -37,6 +37,7 @@ from .constants import (
     Chunk,
     Command,
     CommandFlag,
+    ErrorCode,
     ReplyMode,
 )
 from .export import Extent
@@ -78,6 +79,7 @@ _ONLY_DATA: Final = STRUCTURED_REPLY_MAGIC << 32 | REPLY_DONE << 16 | Chunk.OFFS
 _EXTENDED_ONLY_DATA: Final = EXTENDED_REPLY_MAGIC << 32 | REPLY_DONE << 16 | Chunk.OFFSET_DATA
 _EXTENDED_NONE: Final = EXTENDED_REPLY_MAGIC << 32 | REPLY_DONE << 16 | Chunk.NONE
 _ZEROES: Final = bytes(1 << 16)
+_ERRORS: Final = frozenset(ErrorCode)
 
 
 class ProtocolError(Exception):
@@ -314,7 +316,7 @@ class ClientTransmission:
         pending = self._find(cookie)
         self._expect_reply()
         if error:
-            pending.error = OSError(error, os.strerror(error))
+            pending.error = _error(error)
         elif pending.command in (Command.READ, Command.BLOCK_STATUS) and self._info.mode != ReplyMode.SIMPLE:
             raise ProtocolError("simple reply where a structured one is required")
         elif pending.command == Command.READ and pending.length:
@@ -393,7 +395,7 @@ class ClientTransmission:
             raise ProtocolError("malformed error chunk")
         text = payload[ERROR.size : ERROR.size + length].decode(errors="replace")
         if pending.error is None:
-            pending.error = OSError(error, text or os.strerror(error))
+            pending.error = _error(error, text)
 
     def _on_status(self, pending: Pending, kind: int, payload: bytes) -> None:
         wide = kind == Chunk.BLOCK_STATUS_EXT
@@ -419,6 +421,13 @@ class ClientTransmission:
         self._expect_reply()
         if self._last_chunk:
             self._finish(pending)
+
+
+def _error(number: int, text: str = "") -> OSError:
+    """The server's error. A number that the protocol does not have is EINVAL (proto.md, "Error values")."""
+    if number not in _ERRORS:
+        text, number = text or f"server sent the unknown error {number}", ErrorCode.EINVAL
+    return OSError(int(number), text or os.strerror(number))
 
 
 def _fill_zeroes(view: memoryview) -> None:
