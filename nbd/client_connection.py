@@ -182,8 +182,29 @@ class ClientConnection:
         then. The future, or this call, raises ConnectionError where the connection is gone."""
         if self.error is not None:
             raise lost(self.error)
-        header, pending = self._core.request(command, offset, length, flags=flags, target=target)
+        pending = self._send(command, offset, length, flags, target, payload)
         pending.waiter = self._loop.create_future()
+        return pending.waiter
+
+    def start(
+        self,
+        command: Command,
+        offset: int,
+        length: int,
+        ended: Callable[[Pending | None], None],
+        *,
+        target: memoryview | None = None,
+        payload: Buffer = b"",
+    ) -> None:
+        """As `request`, without a future: ``ended`` is called with the outcome, or with None where the connection is lost."""
+        if self.error is not None:
+            raise lost(self.error)
+        self._send(command, offset, length, NO_FLAGS, target, payload).ended = ended
+
+    def _send(
+        self, command: Command, offset: int, length: int, flags: CommandFlag, target: memoryview | None, payload: Buffer
+    ) -> Pending:
+        header, pending = self._core.request(command, offset, length, flags=flags, target=target)
         self._out.append(header)
         if payload:
             pending.payload = payload
@@ -194,7 +215,7 @@ class ClientConnection:
                 self._long_reads += 1
         if self._flush_soon is None and not self._blocked:
             self._flush_soon = self._loop.call_soon(self._flush)
-        return pending.waiter
+        return pending
 
     # Sending.
 
@@ -283,10 +304,10 @@ class ClientConnection:
             self.bytes -= pending.length
             if pending.length >= _STRAIGHT:
                 self._long_reads -= 1
-        waiter = pending.waiter
-        assert waiter is not None
-        if not waiter.done():
-            waiter.set_result(pending)
+        if pending.ended is not None:
+            pending.ended(pending)
+        elif pending.waiter is not None and not pending.waiter.done():
+            pending.waiter.set_result(pending)
 
     # The end.
 
@@ -316,14 +337,16 @@ class ClientConnection:
             self._flush_soon.cancel()
         self._stream.close()
         self._out.clear()
-        for pending in self._core.abandon():
-            if pending.waiter is not None and not pending.waiter.done():
-                pending.waiter.set_exception(lost(error))
-        if self._emptied is not None and not self._emptied.done():
-            self._emptied.set_result(None)
         on_lost, self.on_lost = self.on_lost, None
         if on_lost is not None:
             on_lost(self)
+        for pending in self._core.abandon():
+            if pending.ended is not None:
+                pending.ended(None)
+            elif pending.waiter is not None and not pending.waiter.done():
+                pending.waiter.set_exception(lost(error))
+        if self._emptied is not None and not self._emptied.done():
+            self._emptied.set_result(None)
 
 
 def lost(error: Exception) -> ConnectionError:

@@ -29,8 +29,9 @@ import enum
 import errno
 import logging
 import os
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
+from functools import partial
 from typing import Final
 
 from .client_connection import Buffer, ClientConnection, lost
@@ -52,6 +53,10 @@ _WIDE: Final = 2 << 20
 """Bytes under way on every connection for which another one is worth while."""
 _IDLE: Final = 5.0
 """Seconds after which a further connection that was not needed is closed."""
+
+
+Ended = Callable[[OSError | None, Sequence[tuple[int, int]]], None]
+"""Told of a request's end: its error or None, and what a READ was told to be holes, as (start, length) behind its offset."""
 
 
 class State(enum.Enum):
@@ -98,7 +103,7 @@ class Link:
         self._widest = MAX_CONNECTIONS
         self._used = 1
         self._failures = 0
-        self._goodbyes: set[asyncio.Task[None]] = set()
+        self._tasks: set[asyncio.Task[None]] = set()
 
     # Life.
 
@@ -218,6 +223,46 @@ class Link:
                 raise pending.error
             return pending
 
+    def start(
+        self,
+        command: Command,
+        offset: int,
+        length: int,
+        ended: Ended,
+        *,
+        target: memoryview | None = None,
+        payload: Buffer = b"",
+    ) -> bool:
+        """Send a request if there is a connection now, and have ``ended`` told of its outcome, reconnects included; False:
+        nothing happened. For what cannot afford a coroutine a request."""
+        connections = self._connections
+        if not connections:
+            return False
+        connection = connections[0]
+        if connection.bytes >= _WIDE or len(connections) > 1:
+            connection = self._least_busy()
+        ask = partial(self.request, command, offset, length, target=target, payload=payload)
+        connection.start(command, offset, length, partial(self._started, ended, ask), target=target, payload=payload)
+        return True
+
+    def _started(self, ended: Ended, ask: Callable[[], Awaitable[Pending]], pending: Pending | None) -> None:
+        if pending is not None:
+            ended(pending.error, pending.holes)
+        else:
+            task = asyncio.get_running_loop().create_task(self._ask_again(ended, ask))
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
+
+    async def _ask_again(self, ended: Ended, ask: Callable[[], Awaitable[Pending]]) -> None:
+        try:
+            if self.state not in (State.CONNECTED, State.HOLDING):
+                raise self._failed()
+            pending = await ask()
+        except OSError as error:
+            ended(error, ())
+        else:
+            ended(None, pending.holes)
+
     def _failed(self) -> OSError:
         return OSError(errno.EIO, f"{os.strerror(errno.EIO)}: {self._where}: {self._cause}")
 
@@ -225,6 +270,9 @@ class Link:
         """The connection with the least under way, once there is one. Raises OSError where the state does not allow to wait."""
         if not self._connections:
             await self._wait_for_connection()
+        return self._least_busy()
+
+    def _least_busy(self) -> ClientConnection:
         connection = min(self._connections, key=lambda one: one.bytes)
         if connection.bytes >= _WIDE:
             self._widen()
@@ -348,7 +396,7 @@ class Link:
         if len(self._connections) > max(used, 1) and not self._connections[-1].in_flight:
             self._connections[-1].on_lost = None
             connection = self._connections.pop()
-            self._goodbyes.add(task := asyncio.get_running_loop().create_task(connection.disconnect()))
-            task.add_done_callback(self._goodbyes.discard)
+            self._tasks.add(task := asyncio.get_running_loop().create_task(connection.disconnect()))
+            task.add_done_callback(self._tasks.discard)
         if len(self._connections) > 1:
             self._narrowing = asyncio.get_running_loop().call_later(_IDLE, self._narrow)

@@ -92,7 +92,8 @@ class Pending:
 
     ``error`` is the error the server sent, or None; ``extents`` maps the names of contexts to their extents (of a very
     long answer the first `MAX_EXTENTS`). ``holes``: what a READ was told to be holes, as (start, length) behind its offset.
-    ``ranges``: what it was answered so far, sorted, adjacent ones joined. ``payload``, ``waiter``: the shell's.
+    ``ranges``: what it was answered so far, sorted, adjacent ones joined. ``payload``, ``waiter``, ``ended``:
+    the shell's.
     """
 
     command: Command
@@ -108,6 +109,7 @@ class Pending:
     holes: list[tuple[int, int]] = field(default_factory=list)
     payload: bytes | bytearray | memoryview | None = None
     waiter: asyncio.Future[Pending] | None = None
+    ended: Callable[[Pending | None], None] | None = None
 
 
 class ClientTransmission:

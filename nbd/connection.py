@@ -26,18 +26,19 @@ import asyncio
 import logging
 import socket
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from typing import Final
 
 from .buffers import BUFFER_SIZE, Account, Budget, BufferPool, fresh
 from .constants import Command, CommandFlag, ErrorCode
-from .export import Export
+from .export import Export, Start
 from .fastpath import FULL, fast_loop
 from .handshake import Session
 from .poller import Poller
-from .slowpath import Buffer, Reply, answer
+from .slowpath import Buffer, Reply, answer, failed, read_reply
 from .tls import TlsStream
 from .transmission import BadFrame, Framing, Refusal, Replies, Request, judge, status_filter
 
@@ -128,6 +129,9 @@ class Connection:
         self._framing = Framing(session.mode)
         self._replies = Replies(session.mode)
         self._fast = fast_loop(session)
+        self._start_read: Start | None = getattr(session.export, "start_read", None)
+        self._start_write: Start | None = getattr(session.export, "start_write", None)
+        self._relays = self._start_read is not None or self._start_write is not None
         self._account = Account(shared.budget)
         self._own: memoryview | None = None  # the receive buffer, while it holds self._at:self._end
         self._at = 0
@@ -367,6 +371,37 @@ class Connection:
         self._run(request, memoryview(bytes(view[body:stop])) if stop > body else _NOTHING)
         return stop
 
+    # Requests that the export passes on, without a coroutine.
+
+    def _relayed(self, request: Request, payload: memoryview) -> bool:
+        """Let the export start the request, if it can."""
+        if request.flags & ~CommandFlag.PAYLOAD_LEN or not request.length:
+            return False
+        if request.command == Command.READ:
+            if self._start_read is None:
+                return False
+            target = fresh(request.length)
+            return self._start_read(request.offset, target, partial(self._relay_ended, request, target))
+        if request.command == Command.WRITE and self._start_write is not None:
+            return self._start_write(request.offset, payload, partial(self._relay_ended, request, None))
+        return False
+
+    def _relay_ended(
+        self, request: Request, data: memoryview | None, error: OSError | None, holes: Sequence[tuple[int, int]]
+    ) -> None:
+        if self._closed:
+            self._release(_cost(request))
+            self._end_if_idle()
+            return
+        if error is not None:
+            reply: Reply = [failed(self._replies, request, error)]
+        elif data is None:
+            reply = [self._replies.success(request)]
+        else:
+            reply = read_reply(self._replies, request, data, holes)
+        self._enqueue(reply, _cost(request))
+        self._flush_at_the_end_of_the_turn()
+
     def _judge(self, request: Request, payload: memoryview | None) -> Refusal | None:
         """`judge`, for a request whose payload is here, or (None) too large to be."""
         if self._shared.stopping:
@@ -430,6 +465,8 @@ class Connection:
             self._release(_cost(incoming.request))
 
     def _run(self, request: Request, payload: memoryview) -> None:
+        if self._relays and self._relayed(request, payload):
+            return
         self._shared.slow_requests += 1
         task = self._shared.loop.create_task(self._answer(request, payload))
         self._shared.tasks.add(task)
@@ -445,8 +482,11 @@ class Connection:
             self._end_if_idle()
             return
         self._enqueue(reply, _cost(request))
+        self._flush_at_the_end_of_the_turn()
+
+    def _flush_at_the_end_of_the_turn(self) -> None:
+        """Requests that end together are answered by one system call."""
         if self._flush_soon is None and not self._blocked:
-            # At the end of this turn of the loop: requests that end together are answered by one system call.
             self._flush_soon = self._shared.loop.call_soon(self._flush_queue)
 
     def _release(self, cost: int) -> None:

@@ -29,6 +29,12 @@ HOLE: Final = 2
 """Fast read done: the whole range reads as zeroes and the view was *not* touched."""
 
 
+Ended = Callable[[OSError | None, Sequence[tuple[int, int]]], None]
+"""Told of the end of a started request: its error or None, and which parts of a read are zeroes, as (start, length)."""
+Start = Callable[[int, memoryview, Ended], bool]
+"""``(offset, view, ended)``; the view is the export's until ``ended``, which is never called from within."""
+
+
 @dataclass(frozen=True, slots=True)
 class Extent:
     """One run of a meta context's answer: ``length`` bytes share ``flags`` (proto.md, "NBD_REPLY_TYPE_BLOCK_STATUS")."""
@@ -73,6 +79,11 @@ class Export(Protocol):
 
     try_write: Callable[[int, memoryview], int]
     """``(offset, view) -> MISS | DATA``: write ``view`` at ``offset`` (no FUA). The view is only valid during the call."""
+
+    # An export may have two more attributes, for what it neither does at once nor works on itself, but passes on to somebody
+    # else: ``start_read(offset, view, ended)`` and ``start_write(offset, data, ended)``, of type `Start` or None. They begin
+    # the request, answer True, and call ``ended`` when it is over; or answer False, having done nothing, and the coroutine is
+    # taken. The server asks them for plain requests (no flags) of up to ``max_payload`` that `try_read` or `try_write` missed.
 
     async def read(self, offset: int, view: memoryview) -> None:
         """Fill ``view`` with the bytes at ``offset``."""

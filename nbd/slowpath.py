@@ -10,7 +10,7 @@ Source: proto.md, "Request types"; the split of structured reads into data and h
 from __future__ import annotations
 
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Final
 
 from .buffers import fresh
@@ -32,6 +32,8 @@ log = logging.getLogger(__name__)
 Buffer = bytes | bytearray | memoryview
 Reply = list[Buffer]
 
+_MANY_HOLES: Final = 64
+"""Holes in one read from which on they are sent as the zeroes that they are."""
 _NOTHING: Final = memoryview(b"")
 
 
@@ -41,11 +43,32 @@ async def answer(session: Session, replies: Replies, request: Request, payload: 
     try:
         return await run(session, replies, request, payload)
     except OSError as error:
-        text = f"{trouble}: {error.strerror or error}"
-        return [replies.failure(request, Refusal(wire_error(error.errno), text))]
+        return [failed(replies, request, error)]
     except Exception:
         log.exception("request %r on export '%s' raised", request, session.export.name)
         return [replies.failure(request, Refusal(ErrorCode.EIO, f"{trouble}: internal error"))]
+
+
+def failed(replies: Replies, request: Request, error: OSError) -> bytes:
+    """The reply to a request that the export failed with ``error``."""
+    text = f"{_COMMANDS[request.command][1]}: {error.strerror or error}"
+    return replies.failure(request, Refusal(wire_error(error.errno), text))
+
+
+def read_reply(replies: Replies, request: Request, data: memoryview, holes: Sequence[tuple[int, int]]) -> Reply:
+    """The reply to a READ of which ``holes``, as (start, length) in ``data``, are known to be zeroes."""
+    if not holes or len(holes) > _MANY_HOLES or replies.mode == ReplyMode.SIMPLE:
+        return [replies.data_header(request, request.offset, request.length, REPLY_DONE), data]
+    parts: Reply = []
+    at, end = 0, request.length
+    for start, length in [*sorted(holes), (end, 0)]:
+        if start > at:
+            done = REPLY_DONE if start == end else 0
+            parts += (replies.data_header(request, request.offset + at, start - at, done), data[at:start])
+        if length:
+            parts.append(replies.hole(request, request.offset + start, length, REPLY_DONE if start + length == end else 0))
+        at = start + length
+    return parts
 
 
 async def _read(session: Session, replies: Replies, request: Request, _payload: memoryview) -> Reply:

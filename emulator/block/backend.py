@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any, Final, TypeVar
 from livedisk.emulator.block.flatmap import FlatMap
 from livedisk.emulator.block.node import Edge, Node
 from livedisk.emulator.block.permissions import Perm
+from livedisk.emulator.block.relay import Relay
 from livedisk.emulator.block.throttle import Direction, Member, ThrottleGroup
 from livedisk.emulator.block.types import Preallocation, ZeroFlags
 
@@ -60,6 +61,9 @@ class BlockBackend:
         self.fast = FlatMap(self)
         self.try_read = self.fast.try_read
         self.try_write = self.fast.try_write
+        self.relay = Relay(self)
+        self.start_read = self.relay.start_read
+        self.start_write = self.relay.start_write
         self.known_size = 0
         self.throttle: Member | None = None
         self._quiesced = 0
@@ -93,10 +97,12 @@ class BlockBackend:
 
     def child_mapping_changed(self, edge: Edge, offset: int, length: int) -> None:
         self.fast.invalidate(offset, length)
+        self.relay.reset()
 
     def refresh(self) -> None:
         """The graph below changed: forget the flat map and re-decide whether the fast path is open."""
         self.fast.reset()
+        self.relay.reset()
         self.known_size = self.size
         self.fast.enabled = not self._quiesced and self.root is not None and self.throttle is None
 
@@ -159,6 +165,14 @@ class BlockBackend:
         node = self.node
         self._in_flight += 1
         return node
+
+    def count_in(self) -> None:
+        """A request that passed the open gate without a coroutine is in flight; `count_out` it."""
+        self._in_flight += 1
+
+    def count_out(self) -> None:
+        """It is over."""
+        self._leave()
 
     def _leave(self) -> None:
         self._in_flight -= 1

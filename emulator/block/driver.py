@@ -12,7 +12,7 @@ from __future__ import annotations
 import errno
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Final, NamedTuple
 
 import msgspec
@@ -44,6 +44,11 @@ class Moment(NamedTuple):
     seconds: int
     nanoseconds: int
     guest_clock: int = 0
+
+
+Ended = Callable[[OSError | None, Sequence[tuple[int, int]]], None]
+"""Told of the end of what `Driver.start_read` or `start_write` began: its error or None; and which parts of a read are zeroes,
+as (start, length) in its view, as far as that is known."""
 
 
 class Driver(ABC):
@@ -205,6 +210,15 @@ class Driver(ABC):
         """Write bytes that stand in host files, passing them on to where they will stand, so that the kernel moves them. Only
         asked of a driver that says `copies_in`. Raises OSError; SourceUnreadable where they cannot be read."""
         raise NotImplementedError(f"driver {self.name} has no copy_in")
+
+    def start_read(self, offset: int, view: memoryview, ended: Ended) -> bool:
+        """Begin `read` without a coroutine, and call ``ended`` when it is over (not from within this call): True; or False, and
+        nothing happened: `read` does it. Optional, for speed, for drivers whose requests are waited for and not worked on."""
+        return False
+
+    def start_write(self, offset: int, data: memoryview, ended: Ended) -> bool:
+        """As `start_read`; ``data`` stays valid until ``ended``."""
+        return False
 
     async def write_zeroes(self, offset: int, length: int, flags: ZeroFlags) -> None:
         """Zero the range. Raises ENOTSUP, having changed nothing, where this driver has no quicker way than writing

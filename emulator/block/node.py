@@ -113,7 +113,7 @@ class Edge:
         return f"<Edge {self.parent.description} -{self.name}-> {self.node.name}>"
 
 
-class _InFlight:
+class InFlight:
     """One tracked request: a byte range, and whether others must wait for it."""
 
     __slots__ = ("done", "end", "over", "serialising", "start")
@@ -174,7 +174,7 @@ class Node:
         self.perm = Perm.NONE
         self.shared = Perm.ALL
         self.reopening: Settings | None = None
-        self._in_flight: list[_InFlight] = []
+        self._in_flight: list[InFlight] = []
 
     # -- the graph around it -----------------------------------------------------------------------------------------
     @property
@@ -246,21 +246,21 @@ class Node:
         """
         return frozenset(request for request in self._in_flight if not request.serialising)
 
-    async def _begin(self, offset: int, length: int) -> _InFlight:
+    async def _begin(self, offset: int, length: int) -> InFlight:
         """Track a request that may overlap others, and wait for the serialising ones before it. `_end` it whatever
         happens."""
-        request = _InFlight(offset, offset + length, serialising=False)
+        request = InFlight(offset, offset + length, serialising=False)
         await self._wait_turn(request)
         return request
 
-    async def _begin_serialising(self, offset: int, length: int, step: int = 1) -> _InFlight:
+    async def _begin_serialising(self, offset: int, length: int, step: int = 1) -> InFlight:
         """Track a request that nothing may overlap, and wait for all overlapping ones before it. ``step``: the bytes
         around it that it works on as one."""
-        request = _InFlight(offset // step * step, -(-(offset + length) // step) * step, serialising=True)
+        request = InFlight(offset // step * step, -(-(offset + length) // step) * step, serialising=True)
         await self._wait_turn(request)
         return request
 
-    async def _wait_turn(self, request: _InFlight) -> None:
+    async def _wait_turn(self, request: InFlight) -> None:
         # A request only waits for those that came before it: no cycle is possible, and none starves.
         earlier = [
             other
@@ -275,7 +275,21 @@ class Node:
             self._end(request)
             raise
 
-    def _end(self, request: _InFlight) -> None:
+    def begin_now(self, offset: int, length: int) -> InFlight | None:
+        """`_begin` where nothing has to be waited for; else None. `end_now` it whatever happens."""
+        end = offset + length
+        for other in self._in_flight:
+            if other.serialising and other.start < end and offset < other.end:
+                return None
+        request = InFlight(offset, end, serialising=False)
+        self._in_flight.append(request)
+        return request
+
+    def end_now(self, request: InFlight) -> None:
+        """The request is not in flight any more."""
+        self._end(request)
+
+    def _end(self, request: InFlight) -> None:
         self._in_flight.remove(request)
         request.over = True
         if request.done is not None:
@@ -368,7 +382,7 @@ class Node:
         request = await self._begin_serialising(offset, len(data), self.driver.request_alignment)
         await self._do_write(request, offset, data)
 
-    async def _do_write(self, request: _InFlight, offset: int, data: memoryview) -> None:
+    async def _do_write(self, request: InFlight, offset: int, data: memoryview) -> None:
         try:
             await self.driver.write(offset, data)
         finally:
@@ -542,4 +556,4 @@ def io_error(number: int, what: str) -> OSError:
     return OSError(number, f"{os.strerror(number)}: {what}")
 
 
-__all__ = ["DirtyTracker", "Edge", "Node", "Parent", "fill_zeroes", "io_error", "is_zero"]
+__all__ = ["DirtyTracker", "Edge", "InFlight", "Node", "Parent", "fill_zeroes", "io_error", "is_zero"]

@@ -62,6 +62,8 @@ class NodeExport:
         self.backend = BlockBackend(graph)
         self.try_read: FastPath = self.backend.try_read
         self.try_write: FastPath = declines if writethrough else self.backend.try_write
+        self.start_read = self.backend.start_read
+        self.start_write = None if writethrough else self.backend.start_write
         self._graph = graph
         self._writethrough = writethrough
         self._contexts = Contexts(bitmaps, with_depth=with_depth)

@@ -19,12 +19,12 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
 
-from livedisk.emulator.block.driver import Driver, register
+from livedisk.emulator.block.driver import Driver, Ended, register
 from livedisk.emulator.block.sockets import InetAddress, VsockAddress, connect, shown
 from livedisk.emulator.block.status import BlockStatus, Status
 from livedisk.emulator.block.types import SECTOR, Kind, Preallocation, Segment, ZeroFlags, whole_sectors
@@ -223,6 +223,17 @@ class NbdDriver(Driver):
                 part = view[start : start + self._longest]
                 await self._link.request(Command.READ, offset + start, len(part), target=part)
 
+    def start_read(self, offset: int, view: memoryview, ended: Ended) -> bool:
+        length = len(view)
+        if not self._fits(offset, length):
+            return False
+        return self._link.start(Command.READ, offset, length, ended, target=view)
+
+    def _fits(self, offset: int, length: int) -> bool:
+        """Whether a range can go to the server as one request, as it is."""
+        inside = offset + length <= self._told_size and 0 < length <= self._longest
+        return inside and not (offset | length) % self.request_alignment
+
     async def _read_blocks(self, offset: int, view: memoryview) -> None:
         """Read whole blocks around what is not."""
         block, end = self.request_alignment, offset + len(view)
@@ -250,6 +261,17 @@ class NbdDriver(Driver):
                 await self._link.request(Command.WRITE, offset + start, len(part), flags=flags, payload=part)
         finally:
             self._extents.forget()
+
+    def start_write(self, offset: int, data: memoryview, ended: Ended) -> bool:
+        if not self._fits(offset, len(data)):
+            return False
+
+        def finish(error: OSError | None, holes: Sequence[tuple[int, int]]) -> None:
+            self._extents.forget()
+            ended(error, holes)
+
+        self._changing()
+        return self._link.start(Command.WRITE, offset, len(data), finish, payload=data)
 
     def _changing(self) -> None:
         self._unflushed = True

@@ -55,6 +55,7 @@ class Puppet:
         self.answer = answer
         self.greeting = raw.GREETING
         self.requests: list[tuple[int, int, int]] = []
+        self.clients: list[asyncio.Task[None]] = []
         blocks_info = reply(raw.GO, 3, struct.pack(">HIII", 3, *blocks)) if blocks else b""
         self.options = {
             raw.EXTENDED: reply(raw.EXTENDED, 2**31 + 1),
@@ -63,41 +64,50 @@ class Puppet:
             raw.GO: reply(raw.GO, 3, struct.pack(">HQH", 0, size, FLAGS)) + blocks_info + reply(raw.GO, 1),
         }
 
-    async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    async def connected(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        self.clients.append(task)
         try:
-            writer.write(self.greeting)
-            await reader.readexactly(4)
-            option = 0
-            while option != raw.GO:
-                _, option, length = struct.unpack(">QII", await reader.readexactly(16))
-                await reader.readexactly(length)
-                writer.write(self.options[option])
-            while True:
-                header = await reader.readexactly(28)
-                _, _, command, cookie, offset, length = struct.unpack(">IHHQQI", header)
-                if command == raw.DISC:
-                    break
-                if command == raw.WRITE:
-                    await reader.readexactly(length)
-                self.requests.append((command, offset, length))
-                sent = self.answer(command, cookie, offset, length)
-                if sent is None:
-                    break
-                writer.write(sent)
-                await writer.drain()
-        except (asyncio.IncompleteReadError, ConnectionError, struct.error):
+            await self.serve(reader, writer)
+        except (asyncio.IncompleteReadError, ConnectionError, struct.error, asyncio.CancelledError):
             pass
         finally:
             writer.close()
 
+    async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(self.greeting)
+        await reader.readexactly(4)
+        option = 0
+        while option != raw.GO:
+            _, option, length = struct.unpack(">QII", await reader.readexactly(16))
+            await reader.readexactly(length)
+            writer.write(self.options[option])
+        while True:
+            header = await reader.readexactly(28)
+            _, _, command, cookie, offset, length = struct.unpack(">IHHQQI", header)
+            if command == raw.DISC:
+                break
+            if command == raw.WRITE:
+                await reader.readexactly(length)
+            self.requests.append((command, offset, length))
+            sent = self.answer(command, cookie, offset, length)
+            if sent is None:
+                break
+            writer.write(sent)
+            await writer.drain()
+
 
 @asynccontextmanager
 async def served(folder: Path, puppet: Puppet) -> AsyncIterator[dict[str, Any]]:
-    server = await asyncio.start_unix_server(puppet.serve, folder / "server")
+    server = await asyncio.start_unix_server(puppet.connected, folder / "server")
     try:
         yield {"driver": "nbd", "server": {"type": "unix", "path": str(folder / "server")}, "discard": "unmap"}
     finally:
         server.close()
+        for client in puppet.clients:
+            client.cancel()
+        await asyncio.gather(*puppet.clients)
 
 
 def run(test: Callable[[], Coroutine[Any, Any, None]]) -> None:
@@ -239,7 +249,6 @@ def test_an_answer_before_the_payload_is_read_leaves_the_buffer_to_the_caller(sh
                 if struct.unpack(">IHHQQI", header)[2] == raw.DISC:
                     break
                 writer.write(simple(struct.unpack(">IHHQQI", header)[3]))
-            writer.close()
 
     async def test() -> None:
         async with served(short_path, Hasty(size=64 << 20)) as options, opened(options) as disk:
