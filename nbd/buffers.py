@@ -68,6 +68,18 @@ class BufferPool:
             self._spare.append(buffer)
 
 
+    def take_part(self, size: int) -> memoryview:
+        """``size`` bytes of a buffer that is the caller's alone; for longer pieces, whose fresh pages would cost as much as the
+        copy of what they hold."""
+        return self.take()[:size] if size <= BUFFER_SIZE else fresh(size)
+
+    def give_part(self, part: memoryview) -> None:
+        """Take back what `take_part` gave, when nobody uses it any more. Other memory is let go."""
+        whole = memoryview(part.obj)
+        if len(whole) == BUFFER_SIZE + _SKEW:
+            self.give(whole[_SKEW:])
+
+
 class Budget:
     """The bytes that the slow path of all connections of a server holds."""
 

@@ -27,6 +27,7 @@ from .buffers import fresh
 from .client_handshake import ClientHandshake, ExportInfo, NegotiationFailed
 from .client_transmission import NO_FLAGS, ClientTransmission, Pending, ProtocolError
 from .constants import Command, CommandFlag, ReplyMode
+from .poller import UPSTREAM
 
 Buffer = bytes | bytearray | memoryview
 
@@ -158,6 +159,8 @@ class ClientConnection:
         self._flush_soon: asyncio.Handle | None = None
         self._blocked = False
         self._long_reads = 0
+        self._received = 0
+        self._passed_on = 0  # requests of `start` under way
         self._emptied: asyncio.Future[None] | None = None
         self._loop.add_reader(self._descriptor, self._readable)
         if leftover:
@@ -200,6 +203,8 @@ class ClientConnection:
         if self.error is not None:
             raise lost(self.error)
         self._send(command, offset, length, NO_FLAGS, target, payload).ended = ended
+        self._passed_on += 1
+        UPSTREAM[self] = None
 
     def _send(
         self, command: Command, offset: int, length: int, flags: CommandFlag, target: memoryview | None, payload: Buffer
@@ -217,10 +222,26 @@ class ClientConnection:
             self._flush_soon = self._loop.call_soon(self._flush)
         return pending
 
+    def poll(self) -> bool:
+        """What the pollers of servers in this process call while requests of `start` are under way (see `poller`)."""
+        if self.error is not None:
+            return False
+        moved = bool(self._out) and not self._blocked
+        if moved:
+            self._flush()
+        before = self._received
+        if self.error is None:
+            self._readable()
+        return moved or self._received != before
+
     # Sending.
 
     def _flush(self) -> None:
-        self._flush_soon = None
+        if self._flush_soon is not None:
+            self._flush_soon.cancel()
+            self._flush_soon = None
+        if self.error is not None:
+            return
         out = self._out
         try:
             while out:
@@ -270,6 +291,7 @@ class ClientConnection:
             if not count:
                 self._fail(ConnectionResetError(errno.ECONNRESET, "NBD server closed the connection"))
                 return
+            self._received += count
             if straight:
                 self._take(lambda: core.arrived(count))  # noqa: B023  called at once
             else:
@@ -305,6 +327,9 @@ class ClientConnection:
             if pending.length >= _STRAIGHT:
                 self._long_reads -= 1
         if pending.ended is not None:
+            self._passed_on -= 1
+            if not self._passed_on:
+                UPSTREAM.pop(self, None)
             pending.ended(pending)
         elif pending.waiter is not None and not pending.waiter.done():
             pending.waiter.set_result(pending)
@@ -337,6 +362,7 @@ class ClientConnection:
             self._flush_soon.cancel()
         self._stream.close()
         self._out.clear()
+        UPSTREAM.pop(self, None)
         on_lost, self.on_lost = self.on_lost, None
         if on_lost is not None:
             on_lost(self)

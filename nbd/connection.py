@@ -50,6 +50,8 @@ _SMALL: Final = 4096 + 64
 """Bytes of an incomplete request that are put aside by copying."""
 _LARGE: Final = 64 << 10
 """Bytes from which on an incomplete request is completed before more is received."""
+_LONG: Final = 64 << 10
+"""Bytes from which on a payload that is passed on is received in place, and data that is passed on gets pooled memory."""
 _PIECES: Final = 64
 """Buffers given to one sendmsg."""
 _NOTHING: Final = memoryview(b"")
@@ -131,6 +133,8 @@ class Connection:
         self._fast = fast_loop(session)
         self._start_read: Start | None = getattr(session.export, "start_read", None)
         self._start_write: Start | None = getattr(session.export, "start_write", None)
+        self._passes_on = False  # the last plain write that did not go the fast path
+        self._expects_long = False
         self._relays = self._start_read is not None or self._start_write is not None
         self._account = Account(shared.budget)
         self._own: memoryview | None = None  # the receive buffer, while it holds self._at:self._end
@@ -262,8 +266,13 @@ class Connection:
             if at + need > BUFFER_SIZE or BUFFER_SIZE - end < _LARGE:
                 view[: end - at] = view[at:end]
                 self._at, self._end = at, end = 0, end - at
-        # No more than a large request lacks: the next one then starts at the front of a buffer that is in the cache.
-        room = view[end : at + need] if need else view[end:] if end else view
+        if self._expects_long and end == at == 0:
+            # The head only: what it announces is then received in place.
+            self._expects_long = False
+            room = view[: self._framing.header.size]
+        else:
+            # No more than a large request lacks: the next one then starts at the front of a buffer that is in the cache.
+            room = view[end : at + need] if need else view[end:] if end else view
         try:
             count = self._recv_into(room)
         except (BlockingIOError, InterruptedError):
@@ -357,7 +366,7 @@ class Connection:
             return end
         stop = body + request.payload
         if stop > end:
-            if stop - at > BUFFER_SIZE:
+            if stop - at > BUFFER_SIZE or (self._passes_on and request.payload >= _LONG):
                 return end if self._begin_large(request, view[body:end]) else at
             if stop - at > _LARGE:
                 self._need = stop - at
@@ -380,26 +389,36 @@ class Connection:
         if request.command == Command.READ:
             if self._start_read is None:
                 return False
-            target = fresh(request.length)
-            return self._start_read(request.offset, target, partial(self._relay_ended, request, target))
-        if request.command == Command.WRITE and self._start_write is not None:
-            return self._start_write(request.offset, payload, partial(self._relay_ended, request, None))
+            target = self._room(request.length)
+            if self._start_read(request.offset, target, partial(self._relay_ended, request, target)):
+                return True
+            self._shared.pool.give_part(target)
+        elif request.command == Command.WRITE and self._start_write is not None:
+            ended = partial(self._relay_ended, request, payload)
+            self._passes_on = self._start_write(request.offset, payload, ended)
+            self._expects_long = self._passes_on and request.payload >= _LONG
+            return self._passes_on
         return False
 
+    def _room(self, size: int) -> memoryview:
+        """Memory for the data of one request."""
+        return self._shared.pool.take_part(size) if size >= _LONG and self._relays else fresh(size)
+
     def _relay_ended(
-        self, request: Request, data: memoryview | None, error: OSError | None, holes: Sequence[tuple[int, int]]
+        self, request: Request, data: memoryview, error: OSError | None, holes: Sequence[tuple[int, int]]
     ) -> None:
+        if self._closed or error is not None or request.command == Command.WRITE:
+            self._shared.pool.give_part(data)
         if self._closed:
             self._release(_cost(request))
             self._end_if_idle()
             return
         if error is not None:
-            reply: Reply = [failed(self._replies, request, error)]
-        elif data is None:
-            reply = [self._replies.success(request)]
+            self._enqueue([failed(self._replies, request, error)], _cost(request))
+        elif request.command == Command.WRITE:
+            self._enqueue([self._replies.success(request)], _cost(request))
         else:
-            reply = read_reply(self._replies, request, data, holes)
-        self._enqueue(reply, _cost(request))
+            self._enqueue(read_reply(self._replies, request, data, holes), _cost(request), pooled=data)
         self._flush_at_the_end_of_the_turn()
 
     def _judge(self, request: Request, payload: memoryview | None) -> Refusal | None:
@@ -429,7 +448,7 @@ class Connection:
             return True
         if not self._admit(request):
             return False
-        target = fresh(request.payload)
+        target = self._room(request.payload)
         target[: len(begun)] = begun
         self._incoming = _Incoming(request, None, target, request.payload - len(begun))
         return True
@@ -517,11 +536,12 @@ class Connection:
             self._queue.append(_Piece(replies[sent:filled], pooled=replies))
             shared.replies = shared.pool.take()
 
-    def _enqueue(self, reply: Reply, cost: int | None) -> None:
-        """Put a reply in line; ``cost`` is given back when the last of it is sent."""
-        last = len(reply) - 1
-        for index, data in enumerate(reply):
-            self._queue.append(_Piece(memoryview(data), cost if index == last else None))
+    def _enqueue(self, reply: Reply, cost: int | None, pooled: memoryview | None = None) -> None:
+        """Put a reply in line; ``cost`` and ``pooled`` are given back when the last of it is sent."""
+        *others, last = reply
+        for data in others:
+            self._queue.append(_Piece(memoryview(data)))
+        self._queue.append(_Piece(memoryview(last), cost, pooled))
         if len(self._queue) >= _PIECES and not self._blocked:
             self._flush()
 
@@ -566,7 +586,7 @@ class Connection:
 
     def _sent(self, piece: _Piece) -> None:
         if piece.pooled is not None:
-            self._shared.pool.give(piece.pooled)
+            self._shared.pool.give_part(piece.pooled)
         if piece.cost is not None:
             self._release(piece.cost)
 

@@ -10,6 +10,9 @@ where the client cannot answer *because* the server holds the processor (a busy 
 is why this is not QEMU's rule of ``poll-max-ns``, which goes by how soon the wake-up came: there it comes at once, and QEMU
 concludes that it should poll longer.
 
+Requests that an export passes on to another server are answered there: the connections to such servers (`UPSTREAM`) are polled
+along, so that a request, what becomes of it there, and its answer need no turn of the event loop in between.
+
 Everything else in the loop goes on: the poller returns to it at the latest every `TURN_NS`, and does not poll at all while
 requests are in the slow path (their threads and callbacks need the loop, and the interpreter lock).
 """
@@ -29,6 +32,17 @@ MAX_SKIPS: Final = 64
 """Wake-ups served without polling after polling was in vain again and again."""
 _FORGET_NS: Final = 2_000_000
 """A connection that was silent this long is no longer polled."""
+
+
+UPSTREAM: Final[dict[Upstream, None]] = {}
+"""Connections of clients in this process that wait for answers to requests passed on."""
+
+
+class Upstream(Protocol):
+    """What a client's connection offers to the pollers of this process."""
+
+    def poll(self) -> bool:
+        """Try once to send and to receive without blocking; whether anything moved."""
 
 
 class Pollable(Protocol):
@@ -91,6 +105,9 @@ class Poller:
                 if connection.poll():
                     progress = True
                     connection.last_active = idle_since
+            for upstream in tuple(UPSTREAM):
+                if upstream.poll():
+                    progress = True
             now = monotonic_ns()
             if progress:
                 worked = True
