@@ -1,4 +1,4 @@
-"""The commands that a person types: ``livedisk serve``, ``daemon``, ``img``, ``qmp`` and ``tls``.
+"""The commands that a person types, each `COMMANDS` names.
 
 `main` only finds the command and imports its module, so that a daemon does not wait for what an interactive shell
 needs. A command is called with ``args`` and ``prog_name`` and returns its exit code, or exits (as click's do).
@@ -20,6 +20,7 @@ COMMANDS = {
         "draw the nodes, devices, exports and jobs: text, svg, dot, json",
     ),
     "tls": ("livedisk.emulator.cli.tls", "tls", "make certificates for NBD over TLS"),
+    "backup": ("livedisk.emulator.cli.backup.commands", "backup", "full and incremental backups of a running emulator's disks"),
     "qmp": ("livedisk.emulator.cli.qmp", "qmp", "talk to a QMP socket: one command, or a shell"),
 }
 """By name: the module, the command in it, and a line for the help."""
