@@ -41,7 +41,7 @@ async def find_disks(qmp: QmpClient, names: Sequence[str]) -> list[Disk]:
         for name in names:
             node = devices.get(name, name)
             if node not in nodes:
-                known = ", ".join(sorted({*devices, *nodes}))
+                known = ", ".join(sorted(name for name in {*devices, *nodes} if not name.startswith("#")))
                 raise BackupError(f"the emulator has no disk or node '{name}'; it has: {known}")
             chosen[name] = node
     return [_disk(name, nodes[node]) for name, node in chosen.items()]
