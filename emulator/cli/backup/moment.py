@@ -119,12 +119,14 @@ class _Held:
     async def _export(self, disk: Disk) -> Door:
         name = self._names[disk.name]
         bitmap = self._copies.get(disk.name) or self._moment.since.get(disk.name)
-        options: dict[str, Any] = {"type": "nbd", "id": name, "node-name": name, "name": disk.name, "writable": False}
+        # A server that was running may have an export of the disk's own name.
+        export = f"{disk.name}-{name}" if self._moment.running else disk.name
+        options: dict[str, Any] = {"type": "nbd", "id": name, "node-name": name, "name": export, "writable": False}
         if bitmap is not None:
             options["bitmaps"] = [{"node": disk.node, "name": bitmap}]
         await self._qmp.call("block-export-add", options)
-        uri = f"nbd+unix:///{quote(disk.name)}?socket={quote(self._moment.server)}"
-        return Door(uri, disk.name, bitmap)
+        uri = f"nbd+unix:///{quote(export)}?socket={quote(self._moment.server)}"
+        return Door(uri, export, bitmap)
 
     async def end(self) -> None:
         """Take everything away. What is not there (any more) is no error."""

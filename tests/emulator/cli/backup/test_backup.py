@@ -131,10 +131,10 @@ def test_verify_says_where_a_disk_differs(ours: Site) -> None:
     ours.write(0, "write -P 7 0 1M")
     ours.take("full")
     ours.daemon.stop()
-    bitmaps = qemu_img("info", "--output=json", ours.images[0]).stdout
+    bitmaps = qemu_img("info", "--output=json", ours.images[0])
     assert "livedisk-" in bitmaps  # the bitmap was stored
     # Somebody changes the disk behind the bitmap's back.
-    host = json.loads(qemu_img("map", "--output=json", ours.images[0]).stdout)[0]["offset"]
+    host = json.loads(qemu_img("map", "--output=json", ours.images[0]))[0]["offset"]
     with open(ours.images[0], "r+b") as file:
         file.seek(host + 4096)
         file.write(b"changed")
