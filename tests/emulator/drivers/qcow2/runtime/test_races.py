@@ -67,8 +67,8 @@ def test_zeroing_a_subcluster_waits_for_a_write_that_copies_it(tmp_path: Path, m
             table = disk.image.tables.l1[0] & ~COPIED
             read, write = Storage.read, type(disk.node.file).write
 
-            async def slow_read(self: Storage, offset: int, length: int) -> bytearray:
-                raw = await read(self, offset, length)
+            async def slow_read(self: Storage, offset: int, length: int, *event: Any) -> bytearray:
+                raw = await read(self, offset, length, *event)
                 if offset == table and not loading.is_set():
                     loading.set()
                     await go.wait()
