@@ -92,9 +92,18 @@ class BlockJobInfo(QapiStruct, kw_only=True):
 
 
 class BlockJobInfoMirror(BlockJobInfo, kw_only=True):
-    """``actively-synced``: whether every guest write reaches the target before it is acknowledged."""
+    """``actively-synced``: whether every guest write reaches the target before it is acknowledged.
+
+    Ours: ``x-remaining``, the bytes that the target lacks now; ``x-dirty-rate`` and ``x-copy-rate``, by how many bytes a
+    second that grew and was copied of late; ``x-seconds-left``, when the mirror will have caught up at that pace: absent
+    where it does not gain on the guest.
+    """
 
     actively_synced: bool
+    x_remaining: int
+    x_dirty_rate: int
+    x_copy_rate: int
+    x_seconds_left: int | UnsetType = UNSET
 
 
 INFOS: dict[str, type[BlockJobInfo]] = {kind.value: BlockJobInfo for kind in JobType}

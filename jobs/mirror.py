@@ -15,10 +15,11 @@ written over newer ones. When nothing is dirty the first time the job is READY.
 The end (`prepare`) happens with the guest held: what is dirty by then is copied, the target flushed, and, if the job was
 completed, the guest's edges move to the target in one step. If any of it fails, the guest stays on the source.
 
-``total`` is what is done, under way and dirty, in bytes; it grows while the guest writes. Source: QEMU
-``block/mirror.c``, ``blockdev.c`` (blockdev_mirror_common); every message was asked from QEMU 10.0.2. Where we differ: between
-pending and finalize the guest is not held, as QEMU holds it; it writes on, and what it wrote is copied at finalize. A target
-that fails in the write-blocking mode never fails the guest.
+``total`` is what is done, under way and dirty, in bytes; it grows while the guest writes. query-block-jobs tells how
+fast, and when the mirror will have caught up, if it gains on the guest at all (`details`; docs/faults.md has the ways
+out). Source: QEMU ``block/mirror.c``, ``blockdev.c`` (blockdev_mirror_common); every message was asked from QEMU
+10.0.2. Where we differ: between pending and finalize the guest is not held, as QEMU holds it; it writes on, and what it
+wrote is copied at finalize. A target that fails in the write-blocking mode never fails the guest.
 """
 
 from __future__ import annotations
@@ -47,6 +48,7 @@ from livedisk.jobs.commands import BlockJobChangeOptionsMirror, MirrorCopyMode, 
 from livedisk.jobs.copy import LANES, OPERATION, PIECE, STEP, ZERO_STEP, CopyFailed, Lanes, Side, copy_range
 from livedisk.jobs.dirty import DirtyMap
 from livedisk.jobs.filters import insert_filter, remove_filter, skip_filters
+from livedisk.jobs.rate import Pace
 from livedisk.jobs.states import JobType, Status
 
 if TYPE_CHECKING:
@@ -126,6 +128,7 @@ class MirrorJob(BlockJob):
         self._filter: Node | None = None
         self._reader: JobBackend
         self._writer: JobBackend
+        self._pace = Pace()
         self._failure: OSError | None = None
         self._retry = False
         self._completing = False
@@ -241,6 +244,7 @@ class MirrorJob(BlockJob):
 
     def _account(self) -> None:
         self.total = self.done + self._lanes.bytes + self._dirty.dirty
+        self._pace.note(self.total, self.done)
 
     async def _announce_caught_up(self) -> None:
         try:
@@ -381,7 +385,18 @@ class MirrorJob(BlockJob):
     def details(self) -> dict[str, object]:
         if self.kind is not JobType.MIRROR:
             return {}
-        return {"actively_synced": self._mode is MirrorCopyMode.WRITE_BLOCKING and self.ready and not self._dirty.dirty}
+        active = self._mode is MirrorCopyMode.WRITE_BLOCKING
+        remaining = self._lanes.bytes + self._dirty.dirty
+        dirtied, copied = self._pace.rates(self.done + remaining, self.done)
+        found: dict[str, object] = {
+            "actively_synced": active and self.ready and not self._dirty.dirty,
+            "x_remaining": remaining,
+            "x_dirty_rate": dirtied,
+            "x_copy_rate": copied,
+        }
+        if not remaining or copied > dirtied:
+            found["x_seconds_left"] = -(-remaining // max(copied - dirtied, 1)) if remaining else 0
+        return found
 
     # -- the outcome -------------------------------------------------------------------------------------------------
     async def prepare(self) -> None:
