@@ -7,10 +7,8 @@
     copy.py       the copy engine: ranges from node to node, several at once, never two over the same bytes
     dirty.py      what is still to be copied      rate.py   how fast      sweep.py   one pass over an image
     filters.py    putting a filter on a node and taking it away            chains.py  finding images in a backing chain
-    stream.py     commit.py     mirror.py     create.py     each only what makes it different
-    mirror_commands.py, targets.py, commands.py, plugin.py   the QMP side
-
-Backup (with its copy-before-write filter) will stand beside them, on the same engine.
+    stream.py     commit.py     mirror.py     backup.py     create.py     each only what makes it different
+    mirror_commands.py, backup_commands.py, targets.py, commands.py, plugin.py   the QMP side
 
 They stand above the emulator and are not known to it: ``jobs -> emulator -> nbd``. They come in through the entry-point
 group ``livedisk.plugins`` (``emulator/qmp/registry.py``, `load_plugins`), as anybody's package may: commands by

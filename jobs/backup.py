@@ -154,6 +154,7 @@ class BackupJob(BlockJob):
             )
         except BlockError as error:
             raise BlockError(f"Could not create node: {error}", hint=error.hint) from error
+        node.implicit = False  # queries show it, named or not, as QEMU's do
         self._filter = node
         self._driver.watcher = self
         self._driver.compressed = plan.compress

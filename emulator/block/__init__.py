@@ -19,6 +19,7 @@ engine.
     blockers.py     who keeps a node busy, and for what
     throttle.py     so many requests or bytes a second, for one disk or a group
     debug.py        what formats tell a fault injector below them
+    point_in_time.py  which clusters are as they were at one moment, and which were copied away
     transaction.py  prepare, then commit or abort, in order
 
 Nothing here knows a driver, a device, an export, QMP or the command line.
