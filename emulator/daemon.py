@@ -38,9 +38,11 @@ from livedisk.emulator.qmp import (
     block_commands_internal,
     block_commands_snapshot,
     blockdev,
+    chardev_commands,
     control,
     device_commands,
     export_commands,
+    machine_commands,
     object_commands,
     qom_commands,
     query_block,
@@ -71,11 +73,13 @@ COMMANDS = (
     block_commands_internal,
     block_commands_snapshot,
     blockdev,
+    chardev_commands,
     control,
     credentials,
     device_commands,
     drivers,
     export_commands,
+    machine_commands,
     object_commands,
     query_block,
     query_graph,
@@ -101,6 +105,7 @@ class Daemon:
         sys.setrecursionlimit(max(sys.getrecursionlimit(), RECURSION))
         self.name = name
         self.uuid = uuid
+        self.option_names: tuple[str, ...] = ()
         self.graph = Graph()
         self.events = EventHub()
         self.objects = Objects()
@@ -139,6 +144,18 @@ class Daemon:
     def chardevs(self) -> Iterable[tuple[str, str]]:
         """Every character device: its id, and the name of its back-end."""
         return [(name, backend_name(device.options)) for name, device in self._chardevs.items()]
+
+    async def close_chardev(self, name: str) -> None:
+        """Close a character device that no monitor speaks on."""
+        await self._chardevs.pop(name).close()
+
+    def chardev(self, name: str) -> Device | None:
+        """The character device of that id."""
+        return self._chardevs.get(name)
+
+    def chardev_is_busy(self, name: str) -> bool:
+        """Whether a monitor speaks on it."""
+        return name in self._monitored
 
     def has_chardev(self, name: str) -> bool:
         """Whether there is a character device of that id."""

@@ -9,7 +9,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, Final
 
 from livedisk.emulator.block.options import BlockdevOptions
-from livedisk.emulator.cli.daemon_options import DEVICES, MACHINE, MONITORS, STORAGE_DAEMON
+from livedisk.emulator.cli.daemon_options import DEVICES, MACHINE, MONITORS, STORAGE_DAEMON, TABLE
 from livedisk.emulator.cli.options import Given
 from livedisk.emulator.daemon import Daemon
 from livedisk.emulator.device.runstate import State
@@ -55,6 +55,7 @@ class Builder:
         self._driven: list[tuple[Given, str]] = []
         self._paused = False
         self.daemon = Daemon()
+        self.daemon.option_names = tuple(name for option in TABLE for name in option.names)
         for one in given:
             if one.name in _IDENTITY:
                 self._checked(one, _IDENTITY[one.name])

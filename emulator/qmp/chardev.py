@@ -6,8 +6,8 @@ This module reads the options; `server` does the I/O. Three ways to write the sa
     -qmp unix:/run/x.sock,server=on,wait=off                        `parse_compat`
     -qmp tcp:localhost:4444,server=on      -monitor stdio
 
-Backends: ``socket`` (``path``, ``host`` and ``port``, or ``fd``), ``stdio``, ``null``. QEMU's others have no use for
-a monitor of a block device emulator; naming one is an error.
+Backends: ``socket`` (``path``, ``host`` and ``port``, or ``fd``), ``stdio``, ``null``, ``file``,
+``pipe``, ``ringbuf``. QEMU's others have no use for a monitor of a block device emulator; naming one is an error.
 
 Source: QEMU ``chardev/char.c`` (qemu_chr_parse_compat), ``chardev/char-socket.c`` (qemu_chr_parse_socket,
 qmp_chardev_validate_socket).
@@ -24,7 +24,7 @@ import msgspec
 from livedisk.emulator.errors import LiveDiskError, ParameterError
 from livedisk.emulator.qmp.keyval import HelpRequested, parse_opts
 from livedisk.emulator.qmp.model import Object, describe, plain_object
-from livedisk.emulator.qmp.qapi import QapiStruct
+from livedisk.emulator.qmp.qapi import QapiStruct, Size
 from livedisk.emulator.qmp.visit import KEYVAL, parse_integer, visit
 
 
@@ -73,9 +73,36 @@ class NullChardev(ChardevBase):
     """Nobody there."""
 
 
-Chardev: TypeAlias = SocketChardev | StdioChardev | NullChardev
+class FileChardev(ChardevBase, kw_only=True):
+    """``path`` takes output; ``input_path`` gives input; ``append``: what is there stays."""
 
-BACKENDS: Final[dict[str, type[Any]]] = {"socket": SocketChardev, "stdio": StdioChardev, "null": NullChardev}
+    path: str
+    append: bool = False
+    input_path: str | None = None
+
+
+class PipeChardev(ChardevBase, kw_only=True):
+    """Named pipes PATH.in and PATH.out, or one file for both ways."""
+
+    path: str
+
+
+class RingbufChardev(ChardevBase):
+    """``size``: bytes, a power of two."""
+
+    size: Size = 65536
+
+
+Chardev: TypeAlias = SocketChardev | StdioChardev | NullChardev | FileChardev | PipeChardev | RingbufChardev
+
+BACKENDS: Final[dict[str, type[Any]]] = {
+    "socket": SocketChardev,
+    "stdio": StdioChardev,
+    "null": NullChardev,
+    "file": FileChardev,
+    "pipe": PipeChardev,
+    "ringbuf": RingbufChardev,
+}
 
 
 def backend_name(options: Chardev) -> str:
@@ -139,10 +166,20 @@ def _typed(values: dict[str, Any]) -> Chardev:
     for name in ("reconnect", "reconnect-ms"):
         if name in values and parse_integer(values[name]) is None:
             raise ParameterError(f"Parameter '{name}' expects a number")
+    if backend in ("file", "pipe") and "path" not in values:
+        raise ParameterError(f"chardev: {backend}: no {'filename' if backend == 'file' else 'device path'} given")
     options: Chardev = visit(cls, values, KEYVAL)
     if isinstance(options, SocketChardev):
         _validate(options)
     return options
+
+
+def check_socket(options: SocketChardev) -> None:
+    """Raise ParameterError where a socket's options, from wherever they come, contradict each other."""
+    _validate_role(options)
+    _validate_tls(options)
+    if options.reconnect is not None and options.reconnect_ms is not None:
+        raise ParameterError("'reconnect' and 'reconnect-ms' are mutually exclusive")
 
 
 def _validate(options: SocketChardev) -> None:

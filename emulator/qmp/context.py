@@ -18,9 +18,11 @@ if TYPE_CHECKING:
     from livedisk.emulator.device.runstate import RunState
     from livedisk.emulator.device.tree import DeviceTree
     from livedisk.emulator.exports.exports import BlockExports
+    from livedisk.emulator.qmp.chardev import Chardev
     from livedisk.emulator.qmp.events import EventHub
     from livedisk.emulator.qmp.monitor import Monitor
     from livedisk.emulator.qmp.object_commands import Objects
+    from livedisk.emulator.qmp.server import Device
 
 
 class Extension(Protocol):
@@ -36,6 +38,10 @@ class Daemon(Protocol):
     @property
     def name(self) -> str | None:
         """The guest's name (``-name``), or None."""
+
+    @property
+    def option_names(self) -> Iterable[str]:
+        """The options that the command line takes."""
 
     @property
     def graph(self) -> Graph:
@@ -68,6 +74,18 @@ class Daemon(Protocol):
     @property
     def uuid(self) -> str:
         """The guest's UUID (``-uuid``), in lower case; all zeroes where none was given."""
+
+    async def open_chardev(self, options: Chardev) -> None:
+        """Open a character device. Raises LiveDiskError."""
+
+    async def close_chardev(self, name: str) -> None:
+        """Close a character device that no monitor speaks on."""
+
+    def chardev(self, name: str) -> Device | None:
+        """The character device of that id."""
+
+    def chardev_is_busy(self, name: str) -> bool:
+        """Whether a monitor speaks on it."""
 
     def chardevs(self) -> Iterable[tuple[str, str]]:
         """Every character device: its id, and the name of its back-end."""

@@ -113,11 +113,12 @@ def _load_commands() -> None:
     """The built-in commands register while their module is imported, which needs this one first."""
     global _commands_loaded
     if not _commands_loaded:
-        from livedisk.emulator.qmp import hmp_commands, hmp_drives, hmp_io
+        from livedisk.emulator.qmp import hmp_commands, hmp_drives, hmp_io, hmp_objects
 
         assert hmp_commands
         assert hmp_drives
         assert hmp_io
+        assert hmp_objects
         _commands_loaded = True
 
 

@@ -26,7 +26,7 @@ from typing import Any, Final, Protocol, cast
 
 from livedisk.emulator.errors import LiveDiskError
 from livedisk.emulator.qmp import yank
-from livedisk.emulator.qmp.chardev import Chardev, NullChardev, SocketChardev, StdioChardev
+from livedisk.emulator.qmp.chardev import Chardev, FileChardev, NullChardev, PipeChardev, SocketChardev, StdioChardev
 from livedisk.emulator.qmp.monitor import Frontend
 from livedisk.emulator.qmp.object_commands import Objects
 from livedisk.nbd.tls import ClientTls, ServerTls, reason_of
@@ -50,6 +50,10 @@ class Device(Protocol):
     @property
     def options(self) -> Chardev:
         """What it was opened with."""
+
+    @property
+    def filename(self) -> str:
+        """What it is, as queries show it."""
 
     def attach(self, frontend: Frontend) -> None:
         """Plug a frontend in; once."""
@@ -78,7 +82,14 @@ async def open_chardev(options: Chardev, info: Info = lambda message: None, obje
         from livedisk.emulator.qmp.stdio import StdioDevice
 
         return StdioDevice(options)
-    return NullDevice(options)
+    if isinstance(options, NullChardev):
+        return NullDevice(options)
+    # Imported here: few daemons have one.
+    from livedisk.emulator.qmp.chardev_files import FileDevice, PipeDevice, RingbufDevice
+
+    if isinstance(options, FileChardev):
+        return FileDevice(options)
+    return PipeDevice(options) if isinstance(options, PipeChardev) else RingbufDevice(options)
 
 
 def _tls(options: SocketChardev, objects: Objects) -> ServerTls | ClientTls | None:
@@ -94,6 +105,8 @@ def _tls(options: SocketChardev, objects: Objects) -> ServerTls | ClientTls | No
 
 class NullDevice:
     """Nobody there: what a frontend writes is gone, nothing comes."""
+
+    filename = "null"
 
     def __init__(self, options: NullChardev) -> None:
         self.label = options.id
@@ -253,6 +266,11 @@ class SocketDevice:
                 os.unlink(path)
         with contextlib.suppress(KeyError):
             yank.unregister("chardev", self.label)
+
+    @property
+    def filename(self) -> str:
+        shown = f"{self.address},server=on" if self.options.server else self.address
+        return shown if self._connection is not None else f"disconnected:{shown}"
 
     @property
     def address(self) -> str:

@@ -95,6 +95,7 @@ class StdioDevice:
         _taken = True
         self.label = options.id
         self.options = options
+        self.filename = "stdio"
         self._signal = options.signal
         self._frontend: Frontend | None = None
         self._restore: Callable[[], None] | None = None
