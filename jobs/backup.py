@@ -45,7 +45,7 @@ from livedisk.emulator.errors import BlockError
 from livedisk.emulator.qmp.context import Context
 from livedisk.jobs.block_job import BlockJob
 from livedisk.jobs.commands import jobs_of
-from livedisk.jobs.copy import LANES, OPERATION, STEP, ZERO_STEP, CopyFailed, Lanes, Side
+from livedisk.jobs.copy import OPERATION, PIECE, STEP, ZERO_STEP, CopyFailed, Lanes, Side, lanes_into
 from livedisk.jobs.filters import open_filter, put_on, remove_filter, skip_filters, under
 from livedisk.jobs.mirror import Sync
 from livedisk.jobs.states import JobType, Status
@@ -98,7 +98,7 @@ class BackupJob(BlockJob):
         self._source = source
         self._target = target
         self._plan = plan
-        self._lanes = Lanes(min(LANES, plan.max_workers))
+        self._lanes = Lanes(min(lanes_into(target), plan.max_workers))
         self._filter: Node | None = None
         self._frozen_bitmap: DirtyBitmap | None = None
         self._failed: CopyFailed | None = None
@@ -264,7 +264,7 @@ class BackupJob(BlockJob):
     async def _fit(self, offset: int, length: int) -> tuple[int, int]:
         """As much of a dirty run as one copy may take: all that is zero, or one step of data; whole clusters."""
         cluster = self._driver.moment.cluster
-        step = max(LIMITED_STEP if self.rate.speed else STEP, cluster)
+        step = max(LIMITED_STEP if self.rate.speed else STEP if self._driver.compressed else PIECE, cluster)
         if self._plan.max_chunk:
             length = min(length, self._plan.max_chunk // cluster * cluster)
         if length <= step or self.rate.speed:

@@ -38,7 +38,7 @@ from livedisk.emulator.qmp.registry import command
 from livedisk.jobs.block_job import BlockJob, JobBackend
 from livedisk.jobs.chains import chain, find_backing, links, overlays
 from livedisk.jobs.commands import jobs_of
-from livedisk.jobs.copy import copy_range
+from livedisk.jobs.copy import copy_range, lanes_into
 from livedisk.jobs.filters import insert_filter, remove_filter, skip_filters
 from livedisk.jobs.mirror import ActiveCommit, check_root
 from livedisk.jobs.states import JobType, Status
@@ -116,7 +116,8 @@ class CommitJob(BlockJob):
         if self._base.size < self.total:
             async with self.drained(self._base):
                 await self._writer.truncate(self.total, exact=False)
-        self._sweep = Sweep(self, self._options.on_error, self._look, self._copy, Ignored.TRIED_AGAIN)
+        policy, room = self._options.on_error, lanes_into(self._base)
+        self._sweep = Sweep(self, policy, self._look, self._copy, Ignored.TRIED_AGAIN, room=room)
         await self._sweep.run(self.total)
         if not self.cancelled:
             await self._hide_what_lies_behind()

@@ -16,12 +16,18 @@ from typing import Final
 
 from livedisk.emulator.block import copy as block_copy
 from livedisk.emulator.block.copy import PIECE, STEP, ZERO_STEP, CopyFailed, Side
+from livedisk.emulator.block.node import Node
+from livedisk.emulator.block.permissions import Role
 from livedisk.emulator.block.types import ZeroFlags
+from livedisk.emulator.drivers.file import FileDriver
 from livedisk.jobs.block_job import JobBackend
 from livedisk.jobs.events import IoOperation
 
 LANES: Final = 8
 """Copies under way at once."""
+OFFLOADED: Final = 3
+"""Copies under way at once where the kernel moves the bytes, one after the other: one is moved, one begins to be written to the
+disk, one is prepared. More would only keep guests off ranges for longer."""
 OPERATION: Final = {Side.SOURCE: IoOperation.READ, Side.TARGET: IoOperation.WRITE}
 """What a job's error event says of a copy that failed on that side."""
 
@@ -32,6 +38,17 @@ async def copy_range(source: JobBackend, target: JobBackend, offset: int, length
         assert source.root is not None
         assert target.root is not None
         await block_copy.copy_range(source.root, target.root, offset, length, flags=flags)
+
+
+def lanes_into(target: Node) -> int:
+    """How many copies into ``target`` may be under way."""
+    node = target
+    while not isinstance(node.driver, FileDriver):
+        store = next((edge.node for edge in node.children.values() if edge.role & (Role.FILTERED | Role.DATA)), None)
+        if store is None or not node.driver.copies_in:
+            return LANES
+        node = store
+    return OFFLOADED
 
 
 class Lanes:
@@ -99,4 +116,4 @@ class Lanes:
             await asyncio.wait(self._tasks)
 
 
-__all__ = ["LANES", "OPERATION", "PIECE", "STEP", "ZERO_STEP", "CopyFailed", "Lanes", "Side", "copy_range"]
+__all__ = ["LANES", "OPERATION", "PIECE", "STEP", "ZERO_STEP", "CopyFailed", "Lanes", "Side", "copy_range", "lanes_into"]

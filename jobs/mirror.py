@@ -45,7 +45,7 @@ from livedisk.emulator.qmp.context import Context
 from livedisk.jobs.block_job import BlockJob, JobBackend
 from livedisk.jobs.chains import chain, links
 from livedisk.jobs.commands import BlockJobChangeOptionsMirror, MirrorCopyMode, jobs_of
-from livedisk.jobs.copy import LANES, OPERATION, PIECE, STEP, ZERO_STEP, CopyFailed, Lanes, Side, copy_range
+from livedisk.jobs.copy import LANES, OPERATION, PIECE, STEP, ZERO_STEP, CopyFailed, Lanes, Side, copy_range, lanes_into
 from livedisk.jobs.dirty import DirtyMap
 from livedisk.jobs.filters import insert_filter, remove_filter, skip_filters
 from livedisk.jobs.rate import Pace
@@ -124,7 +124,7 @@ class MirrorJob(BlockJob):
         self._unit = _whole_unit(target, plan)
         self._granularity = max(plan.granularity, self._unit)
         self._dirty = DirtyMap(source.size, self._granularity)
-        self._lanes = Lanes(max(1, min(LANES, plan.memory // STEP)))
+        self._lanes = Lanes(max(1, min(lanes_into(target), plan.memory // STEP)))
         self._filter: Node | None = None
         self._reader: JobBackend
         self._writer: JobBackend

@@ -37,6 +37,7 @@ from livedisk.emulator.qmp.registry import command
 from livedisk.jobs.block_job import BlockJob
 from livedisk.jobs.chains import chain, find_backing, links
 from livedisk.jobs.commands import jobs_of
+from livedisk.jobs.copy import lanes_into
 from livedisk.jobs.filters import insert_filter, remove_filter, skip_filters, under
 from livedisk.jobs.states import JobType, Status
 from livedisk.jobs.sweep import Sweep
@@ -120,7 +121,7 @@ class StreamJob(BlockJob):
         if image is self._lowest:
             return
         self.total = image.size
-        self._sweep = Sweep(self, self._options.on_error, self._look, self._copy)
+        self._sweep = Sweep(self, self._options.on_error, self._look, self._copy, room=lanes_into(image))
         await self._sweep.run(self.total)
 
     async def settle(self) -> None:

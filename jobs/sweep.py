@@ -13,7 +13,7 @@ from typing import Final
 
 from livedisk.emulator.device.policy import Action, OnError
 from livedisk.jobs.block_job import BlockJob
-from livedisk.jobs.copy import OPERATION, PIECE, CopyFailed, Lanes, Side
+from livedisk.jobs.copy import LANES, OPERATION, PIECE, CopyFailed, Lanes, Side
 
 LIMITED_STEP: Final = 512 << 10
 """Bytes a piece under a speed limit (QEMU's STREAM_CHUNK, COMMIT_BUFFER_SIZE)."""
@@ -36,13 +36,20 @@ Move = Callable[[int, int], Awaitable[None]]
 
 
 class Sweep:
-    """A pass of ``job``. ``look(offset, length)``: the length of the run there, and whether to copy it; raises OSError.
-    ``move(offset, length)``: copy it; raises CopyFailed, or OSError, which counts as a failed read."""
+    """A pass of ``job``, ``room`` pieces at a time. ``look(offset, length)``: the length of the run there, and whether to copy
+    it; raises OSError. ``move(offset, length)``: copy it; raises CopyFailed, or OSError, which counts as a failed read."""
 
     def __init__(
-        self, job: BlockJob, policy: OnError, look: Look, move: Move, ignored: Ignored = Ignored.LEFT_OUT
+        self,
+        job: BlockJob,
+        policy: OnError,
+        look: Look,
+        move: Move,
+        ignored: Ignored = Ignored.LEFT_OUT,
+        *,
+        room: int = LANES,
     ) -> None:
-        self.lanes = Lanes()
+        self.lanes = Lanes(room)
         self._job = job
         self._policy = policy
         self._look = look

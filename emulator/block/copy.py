@@ -35,7 +35,7 @@ from livedisk.emulator.block.types import ZeroFlags
 STEP: Final = COPY_BUFFER
 """Bytes in memory of one copy at most; a multiple of every cluster size. Above what `HostFile` moves inline, so that threads
 do it, on every core, while the guest is served."""
-PIECE: Final = 8 << 20
+PIECE: Final = 4 << 20
 """Bytes moved from host file to host file at once."""
 SMALL: Final = 256 << 10
 """Bytes that are copied through memory in any case: where nothing blocks they are through before a thread would have begun,
