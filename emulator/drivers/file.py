@@ -381,16 +381,17 @@ class FileDriver(Driver):
         self._flags = opened.flags
 
     def prepare_perms(self, perm: Perm, shared: Perm) -> None:
+        if self._switched is not None:
+            # Permissions are prepared twice in one transaction: the locks of what the first opened would be in the way.
+            os.close(self._switched.fd)
+            self._switched = None
         if self._lock is not None:
             self._lock.prepare(self.host.fd, perm, shared)
         try:
             flags = self._wanted_flags(perm, direct=self.node.cache_direct)
             before = self._switched or self._reopened
             if flags != (before.flags if before else self._flags):
-                opened = self._open_again(flags)
-                if self._switched is not None:  # permissions are prepared twice in one transaction
-                    os.close(self._switched.fd)
-                self._switched = opened
+                self._switched = self._open_again(flags)
         except BaseException:
             self.abort_perms()
             raise
