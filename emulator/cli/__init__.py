@@ -19,6 +19,8 @@ COMMANDS = {
         "graph",
         "draw the nodes, devices, exports and jobs: text, svg, dot, json",
     ),
+    "migrate": ("livedisk.emulator.cli.migrate", "migrate", "move running disks from one daemon to another"),
+    "proxy": ("livedisk.emulator.cli.proxy", "proxy", "serve an export on a stable socket while it moves"),
     "tls": ("livedisk.emulator.cli.tls", "tls", "make certificates for NBD over TLS"),
     "backup": ("livedisk.emulator.cli.backup.commands", "backup", "full and incremental backups of a running emulator's disks"),
     "qmp": ("livedisk.emulator.cli.qmp", "qmp", "talk to a QMP socket: one command, or a shell"),
