@@ -97,6 +97,11 @@ class NbdServer:
         """Whether `close` was called: requests get ESHUTDOWN, options NBD_REP_ERR_SHUTDOWN."""
         return self._shared.stopping
 
+    @property
+    def requires_tls(self) -> bool:
+        """Whether clients must start TLS."""
+        return self._tls is not None
+
     def find(self, name: str) -> Export | None:
         """The export of that name."""
         return self._exports.get(name)

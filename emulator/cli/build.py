@@ -131,6 +131,7 @@ class Builder:
         await self._attach_drives()
         if first == len(steps):
             self._start()
+        await self._await_migration()
 
     def _start(self) -> None:
         """Let the guest run, unless it is to wait."""
@@ -156,9 +157,23 @@ class Builder:
         self._paused = True
 
     def incoming(self, text: str) -> None:
-        if text != "defer":
-            raise ParameterError("a migration cannot come in here yet; '-incoming defer' only holds the guest")
+        if text != "defer" and text.partition(":")[0] not in ("tcp", "unix"):
+            raise ParameterError(f"unknown migration protocol: {text}", hint="Known: tcp:HOST:PORT, unix:PATH, defer")
         self.daemon.run_state.move(State.INMIGRATE)
+
+    async def _await_migration(self) -> None:
+        """Everything is there: listen for the guest that ``-incoming`` tells of."""
+        given = next((one for one in reversed(self._given) if one.name == "incoming"), None)
+        if given is None or given.value == "defer":
+            return
+        # What listens is a plugin's.
+        from livedisk.emulator.qmp.context import Context
+        from livedisk.emulator.qmp.registry import registry
+
+        try:
+            await registry.execute(Context(self.daemon), "migrate-incoming", {"uri": given.value})
+        except LiveDiskError as error:
+            raise Refused(given, error) from error
 
     def trace(self, text: str) -> None:
         raise ParameterError("there is no tracing; a Python profiler such as py-spy shows what the process does")

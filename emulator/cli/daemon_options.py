@@ -107,11 +107,11 @@ TABLE: tuple[Option, ...] = (
     _option("S", "", CONTROL, None, "Do not let the guest's I/O start; 'cont' does."),
     _option(
         "incoming",
-        "defer",
+        "tcp:HOST:PORT | unix:PATH | defer",
         CONTROL,
         None,
-        "Start in the run state inmigrate, with the guest's I/O held. A migration cannot come in yet: any other "
-        "argument is refused.",
+        "Wait for a guest that another livedisk hands over ('migrate'), its I/O held; it runs when it is here, with -S after "
+        "'cont'. With defer 'migrate-incoming' says where to listen.",
     ),
     _option("pidfile", "PATH", PROCESS, None, "Write the process id to a file when everything is set up."),
     _option("daemonize", "", PROCESS, None, "Go to the background; the command returns when everything is set up."),

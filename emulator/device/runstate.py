@@ -88,6 +88,8 @@ class RunState:
         self._settling: asyncio.Task[None] | None = None
         self.start_after_migration = True
         """Whether the guest runs once an incoming migration is complete (QEMU's autostart: false after ``-S``)."""
+        self.before_run: list[Callable[[], Awaitable[None]]] = []
+        """Awaited by `resume`; each may raise LiveDiskError, and then nothing runs."""
         self.on_change: list[Callable[[State], None]] = []
 
     # -- looking -----------------------------------------------------------------------------------------------------
@@ -145,6 +147,22 @@ class RunState:
             self._emit(Stop())
         await self._settle()
 
+    async def hold_for_migration(self) -> None:
+        """Hold all guests in ``finish-migrate``; on return nothing of theirs is in flight. Nothing is flushed: the time counts,
+        and what the guest goes on with is not this process's storage."""
+        was_running = self.running
+        self.move(State.FINISH_MIGRATE)
+        if was_running:
+            self._emit(Stop())
+        for guest in list(self._guests):
+            await guest.idle()
+
+    def end_migration(self, state: State) -> None:
+        """Leave ``finish-migrate`` or ``inmigrate`` for ``state``; RESUME goes out first where guests run again."""
+        if state is State.RUNNING:
+            self._emit(Resume())
+        self.move(state)
+
     def stop_soon(self, state: State) -> None:
         """Hold all guests at once and finish as `stop` does in the background: for a request that failed and cannot
         wait for itself."""
@@ -182,6 +200,13 @@ class RunState:
         # RESUME goes out first, as with QEMU: whoever hears it must not have seen new requests before.
         self._emit(Resume())
         self.move(State.RUNNING)
+
+    async def resume(self) -> None:
+        """`cont`, after what has to be done before guests may run (``before_run``)."""
+        if not self.running and self._state not in (State.INMIGRATE, State.FINISH_MIGRATE, State.SHUTDOWN):
+            for step in list(self.before_run):
+                await step()
+        self.cont()
 
     def start(self) -> None:
         """Begin to run after the command line was processed (without ``-S``, without ``-incoming``)."""

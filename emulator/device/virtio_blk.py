@@ -61,6 +61,8 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 _NOTHING: Final = memoryview(b"")
+_UNCLAIMED: Final = (Perm.NONE, Perm.ALL)
+"""What a device of a guest that runs elsewhere holds and shares."""
 _UNSUPPORTED: Final = (errno.ENOTSUP, errno.EOPNOTSUPP)
 
 
@@ -126,6 +128,16 @@ class VirtioBlk:
         """Put the device on ``node`` and let it follow the run state. Raises PermissionConflict, LockError or
         BlockError; then nothing is left behind."""
         self.read_only = node.read_only
+        perm, shared = self._permissions()
+        if self._run_state.state is State.INMIGRATE:
+            # As with QEMU: until the migration is complete the storage is others' to fill.
+            perm, shared = _UNCLAIMED
+        self._graph.attach_root(self.backend, node, perm, shared)
+        if not any(self.geometry):
+            self.geometry = guess(self.size, await self._first_sector())
+        self._run_state.add(self)
+
+    def _permissions(self) -> tuple[Perm, Perm]:
         perm, shared = Perm.CONSISTENT_READ, Perm.CONSISTENT_READ | Perm.WRITE_UNCHANGED | Perm.RESIZE
         if not self.read_only:
             perm |= Perm.WRITE
@@ -138,6 +150,15 @@ class VirtioBlk:
         if not any(self.geometry):
             self.geometry = guess(self.size, await self._first_sector())
         self._run_state.add(self)
+        return perm, shared
+
+    def claim(self) -> None:
+        """Take the permissions that the device needs to run. Raises PermissionConflict; then nothing changes."""
+        self._graph.set_root_permissions(self.backend, *self._permissions())
+
+    def withdraw(self) -> None:
+        """Give up all permissions but to look: another process has the guest now. The device is held."""
+        self._graph.set_root_permissions(self.backend, *_UNCLAIMED)
 
     async def unrealize(self) -> None:
         """Let what is in flight end, flush, and take the device off its node. All doors are closed."""
@@ -276,7 +297,11 @@ class VirtioBlk:
         wanted = bool(data[inside])
         if self.write_cache and not wanted:
             await self.flush()
-        self.write_cache = wanted
+        self.set_write_cache(wanted)
+
+    def set_write_cache(self, on: bool) -> None:
+        """Switch the write cache, as a driver did or a migration tells. Nothing is flushed."""
+        self.write_cache = on
         self._choose_write()
 
     def _choose_write(self) -> None:

@@ -63,7 +63,7 @@ async def stop(ctx: Context) -> None:
 @command("cont")
 async def cont(ctx: Context) -> None:
     """Let the guest's I/O go on; requests that failed under the policy ``stop`` are tried again."""
-    ctx.daemon.run_state.cont()
+    await ctx.daemon.run_state.resume()
 
 
 class StatusInfo(QapiStruct):

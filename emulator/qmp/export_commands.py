@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from livedisk.emulator.block.sockets import FdAddress, InetAddress, UnixAddress, VsockAddress
 from livedisk.emulator.exports.options import (
     BlockExportDel,
     BlockExportInfo,
@@ -11,6 +12,7 @@ from livedisk.emulator.exports.options import (
     NbdServerStart,
 )
 from livedisk.emulator.qmp.context import Context
+from livedisk.emulator.qmp.qapi import QapiStruct
 from livedisk.emulator.qmp.registry import command
 
 
@@ -24,6 +26,28 @@ async def nbd_server_start(ctx: Context, args: NbdServerStart) -> None:
 async def nbd_server_stop(ctx: Context) -> None:
     """Disconnect all clients, end all exports, listen no more."""
     await ctx.daemon.exports.stop_server()
+
+
+class NbdServerInfo(QapiStruct):
+    """Where the server listens, and whether clients must use TLS."""
+
+    addresses: list[InetAddress | UnixAddress | VsockAddress | FdAddress]
+    tls: bool
+
+
+@command("x-query-nbd-server", allow_preconfig=True)
+async def x_query_nbd_server(ctx: Context) -> NbdServerInfo | None:
+    """The NBD server that runs; an empty object if none does. Ours: QEMU cannot be asked."""
+    server = ctx.daemon.exports.server
+    if server is None:
+        return None
+    found: list[InetAddress | UnixAddress | VsockAddress | FdAddress] = []
+    for address in server.addresses:
+        if isinstance(address, tuple):
+            found.append(InetAddress(host=address[0], port=str(address[1])))
+        elif isinstance(address, str):
+            found.append(UnixAddress(path=address))
+    return NbdServerInfo(addresses=found, tls=server.requires_tls)
 
 
 @command("nbd-server-add", allow_preconfig=True, features=("deprecated",))
