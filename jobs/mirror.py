@@ -382,6 +382,13 @@ class MirrorJob(BlockJob):
     def soft_cancel(self) -> bool:
         return self.ready
 
+    def request_cancel(self, *, force: bool) -> None:
+        super().request_cancel(force=force)
+        if self.force_cancelled:
+            # What waits for a target that may come back must not hold up the end.
+            for node in (self._target, *self.graph.below(self._target)):
+                node.driver.cancel_in_flight()
+
     async def flush_target(self) -> None:
         """Put on the target's stable storage what is there already, so that the end has less to wait for. Raises OSError."""
         await self._target.flush()

@@ -12,7 +12,7 @@ from livedisk.emulator.exports.options import (
     NbdServerStart,
 )
 from livedisk.emulator.qmp.context import Context
-from livedisk.emulator.qmp.qapi import QapiStruct
+from livedisk.emulator.qmp.qapi import UNSET, QapiStruct, UnsetType
 from livedisk.emulator.qmp.registry import command
 
 
@@ -29,18 +29,18 @@ async def nbd_server_stop(ctx: Context) -> None:
 
 
 class NbdServerInfo(QapiStruct):
-    """Where the server listens, and whether clients must use TLS."""
+    """Where the server listens, and whether clients must use TLS; nothing of it if none runs."""
 
-    addresses: list[InetAddress | UnixAddress | VsockAddress | FdAddress]
-    tls: bool
+    addresses: list[InetAddress | UnixAddress | VsockAddress | FdAddress] | UnsetType = UNSET
+    tls: bool | UnsetType = UNSET
 
 
 @command("x-query-nbd-server", allow_preconfig=True)
-async def x_query_nbd_server(ctx: Context) -> NbdServerInfo | None:
-    """The NBD server that runs; an empty object if none does. Ours: QEMU cannot be asked."""
+async def x_query_nbd_server(ctx: Context) -> NbdServerInfo:
+    """The NBD server that runs. Ours: QEMU cannot be asked."""
     server = ctx.daemon.exports.server
     if server is None:
-        return None
+        return NbdServerInfo()
     found: list[InetAddress | UnixAddress | VsockAddress | FdAddress] = []
     for address in server.addresses:
         if isinstance(address, tuple):
