@@ -132,7 +132,10 @@ class VirtioBlk:
         if self._run_state.state is State.INMIGRATE:
             # As with QEMU: until the migration is complete the storage is others' to fill.
             perm, shared = _UNCLAIMED
-        self._graph.attach_root(self.backend, node, perm, shared)
+        if self.backend.root is None:
+            self._graph.attach_root(self.backend, node, perm, shared)
+        else:
+            self._graph.set_root_permissions(self.backend, perm, shared)
         if not any(self.geometry):
             self.geometry = guess(self.size, await self._first_sector())
         self._run_state.add(self)
@@ -143,13 +146,6 @@ class VirtioBlk:
             perm |= Perm.WRITE
         if self.options.share_rw:
             shared |= Perm.WRITE
-        if self.backend.root is None:
-            self._graph.attach_root(self.backend, node, perm, shared)
-        else:
-            self._graph.set_root_permissions(self.backend, perm, shared)
-        if not any(self.geometry):
-            self.geometry = guess(self.size, await self._first_sector())
-        self._run_state.add(self)
         return perm, shared
 
     def claim(self) -> None:
