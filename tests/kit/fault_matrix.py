@@ -68,6 +68,8 @@ IMAGES = {
     "active commit": {"source": "top", "base": "base"},
     "mirror": {"source": "top", "target": "target"},
     "mirror, write-blocking": {"source": "top", "target": "target"},
+    "backup": {"source": "top", "target": "target"},
+    "backup, sync none": {"source": "top", "target": "target"},
 }
 """Which image a side of a job is; base <- mid <- top is the guest's chain."""
 COMMANDS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -77,6 +79,8 @@ COMMANDS: dict[str, tuple[str, dict[str, Any]]] = {
     "mirror": ("blockdev-mirror", {"device": "top", "target": "target", "sync": "full"}),
     "mirror, write-blocking": (
         "blockdev-mirror", {"device": "top", "target": "target", "sync": "full", "copy-mode": "write-blocking"}),
+    "backup": ("blockdev-backup", {"device": "top", "target": "target", "sync": "full"}),
+    "backup, sync none": ("blockdev-backup", {"device": "top", "target": "target", "sync": "none"}),
 }  # fmt: skip
 
 
@@ -99,6 +103,13 @@ def _faults() -> Iterator[Fault]:
         for number in (errno.EIO, space):
             yield Fault(job, side, "write", "when it is ready", "write_aio", number, late=True)
         yield Fault(job, side, "flush", "when it completes", "flush_to_disk", late=True)
+    yield Fault("backup", "source", "read", "while it copies", "read_aio")
+    for number in (errno.EIO, space):
+        yield Fault("backup", "target", "write", "while it copies", "write_aio", number)
+    yield Fault("backup", "target", "flush", "at the end", "flush_to_disk")
+    for number in (errno.EIO, space):
+        yield Fault("backup, sync none", "target", "write", "before a guest's write", "write_aio", number)
+    yield Fault("backup, sync none", "source", "read", "before a guest's write", "read_aio")
 
 
 FAULTS = list(_faults())
@@ -163,13 +174,13 @@ class Cell:
         self.model[offset : offset + 4096] = data
         for where in (offset, 0, 900 << 10):
             found = self._ask(request(READ, where, 4096), 4096)
-            if found != self.model[where : where + 4096]:
+            if found != self.model[where : where + 4096] and self.seen.guest == "goes on":
                 self.seen.guest = "reads something else"
 
     def _ask(self, what: bytes, length: int = 0) -> bytes:
         self._guest.send(what)
         _, error, _, data = self._guest.reply(length)[0]
-        if error:
+        if error and self.seen.guest == "goes on":
             self.seen.guest = f"gets error {os.strerror(error)}"
         return bytes(data)
 
@@ -181,6 +192,10 @@ class Cell:
         with daemon, daemon.qmp() as qmp, RawClient(str(daemon.nbd_socket), timeout=20) as self._guest:
             self._guest.enter(b"d")
             self._start(qmp)
+            if self.fault.step == "before a guest's write":
+                self._guest_acts(b"W", 128 << 10)
+                # It goes on until it is told to end, or has failed.
+                self._try(qmp, "block-job-cancel", device="j")
             self._follow(qmp)
             self._guest_acts(b"Z", 700 << 10)
             self._ask(request(FLUSH))
@@ -230,10 +245,13 @@ class Cell:
             qmp.execute("query-version")
 
     def _complete(self, qmp: Qmp) -> None:
+        self._try(qmp, "job-complete", id="j")
+
+    def _try(self, qmp: Qmp, command: str, **arguments: str) -> None:
         try:
-            qmp.execute("job-complete", id="j")
+            qmp.execute(command, **arguments)
         except QmpError:
-            pass  # it failed meanwhile
+            pass  # the job failed meanwhile
 
     def _resume(self, qmp: Qmp) -> bool:
         """If an error holds the job: note how, let the guest act, let it go on."""
