@@ -8,6 +8,7 @@ jobs' bytes in that time. The *sparse* row mirrors a disk of 1 TiB that holds as
 
 from __future__ import annotations
 
+import datetime
 import json
 import os
 import shutil
@@ -21,7 +22,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from benchmark.images import CLUSTER
-from benchmark.measure import LoadFailed, Tell, _fio
+from benchmark.measure import LoadFailed, Plan, Tell, fio, machine
 from benchmark.servers import LiveDisk, QemuStorageDaemon, ServerFailed, qemu_aio
 
 SPARSE: Final = 1 << 40
@@ -108,6 +109,11 @@ class Row:
     sparse: bool = False
     wanted: float = 2.0
     wanted_guest: float = 2.0
+
+    @property
+    def name(self) -> str:
+        parts = [self.kind.replace(" ", "-"), self.source, self.target, "sparse" if self.sparse else "", self.guest or ""]
+        return "-".join(part for part in parts if part)
 
     @property
     def title(self) -> str:
@@ -285,7 +291,7 @@ class Run:
         def guest() -> None:
             try:
                 load = {"rw": self.row.guest, "bs": "4k", "iodepth": 32, "size": self.size, "runtime": seconds + 0.6}
-                done["job"] = _fio({"uri": self.daemon.uri, "ramp_time": 0.3, **load}, "--time_based", "--norandommap")
+                done["job"] = fio({"uri": self.daemon.uri, "ramp_time": 0.3, **load}, "--time_based", "--norandommap")
             except LoadFailed as failed:
                 done["failed"] = failed
 
@@ -373,11 +379,11 @@ class JobsResult:
                 "seconds": self.seconds,
                 "allocated_bytes": self.size,
                 "rows": {
-                    row.title: {
+                    row.name: {
                         daemon: [vars(sample) for sample in self.samples.get((row, daemon), [])]
                         for daemon in (kind.name for kind in DAEMONS)
                     }
-                    | {"ratio": self.ratio(row, "rate"), "ratio_guest": self.ratio(row, "iops")}
+                    | {"title": row.title, "ratio": self.ratio(row, "rate"), "ratio_guest": self.ratio(row, "iops")}
                     for row in self.rows
                 },
                 "missed": self.missed(),
@@ -386,20 +392,19 @@ class JobsResult:
         )
 
 
-def measure_jobs(
-    rows: list[Row], folder: Path, *, size: int, runs: int, seconds: float, machine: str, date: str, tell: Tell
-) -> JobsResult:
-    """Run everything. Raises ServerFailed or LoadFailed."""
+def measure_jobs(rows: list[Row], folder: Path, plan: Plan, tell: Tell) -> JobsResult:
+    """Run everything in ``folder``; the plan's size is what is allocated. Raises ServerFailed or LoadFailed."""
     tell("making the disks", 0)
-    disks = Disks(folder, size // CLUSTER * CLUSTER)
-    result = JobsResult(rows, disks.size, runs, seconds, machine, date)
-    turns = list(_turns(rows, runs))
+    date = datetime.datetime.now(datetime.UTC).date().isoformat()
+    disks = Disks(folder, plan.size // CLUSTER * CLUSTER)
+    result = JobsResult(rows, disks.size, plan.runs, plan.seconds, machine(), date)
+    turns = list(_turns(rows, plan.runs))
     for done, (row, daemon, number) in enumerate(turns):
         tell(f"{row.title}, {daemon.name}, run {number + 1}", done / len(turns))
         with daemon(()) as running:
             run = Run(row, running, disks)
             try:
-                sample = run.beside_a_guest(seconds) if row.guest else run.copy()
+                sample = run.beside_a_guest(plan.seconds) if row.guest else run.copy()
             finally:
                 run.monitor.close()
         result.samples.setdefault((row, daemon.name), []).append(sample)

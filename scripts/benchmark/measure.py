@@ -187,13 +187,13 @@ def touch_all(uri: str, plan: Plan) -> float:
     """
     # "read:60k" skips 60 KiB after each block, so that is one block a cluster; fio would start again at the end.
     once = {"size": plan.size, "io_size": plan.size // CLUSTER * 4096}
-    job = _fio({"uri": uri, "rw": "read:60k", "bs": "4k", "iodepth": 32, **once})
+    job = fio({"uri": uri, "rw": "read:60k", "bs": "4k", "iodepth": 32, **once})
     return float(job["read"]["runtime"]) / 1000
 
 
 def run_load(uri: str, workload: Workload, plan: Plan) -> float:
     """One run; returns IOPS or MB/s, summed over all connections."""
-    job = _fio(
+    job = fio(
         {
             "uri": uri,
             "rw": workload.rw,
@@ -213,7 +213,7 @@ def run_load(uri: str, workload: Workload, plan: Plan) -> float:
     return float(side["iops"]) if workload.unit == "IOPS" else float(side["bw_bytes"]) / 1e6
 
 
-def _fio(settings: dict[str, Any], *flags: str) -> Any:
+def fio(settings: dict[str, Any], *flags: str) -> Any:
     """Run one fio job over its nbd engine; returns its part of the report. Raises `LoadFailed`."""
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.json"

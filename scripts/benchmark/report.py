@@ -106,13 +106,18 @@ def markdown(result: Result) -> str:
 
 def put_into(page: Path, result: Result, drawing: Path) -> None:
     """Replace what stands between the page's two ``bench`` comments by the picture and the table."""
-    begin, end = "<!-- bench -->", "<!-- end of bench -->"
+    picture = f"![Throughput relative to qemu-storage-daemon]({os.path.relpath(drawing, page.parent)})"
+    put_between(page, "bench", f"{picture}\n\n{markdown(result)}")
+
+
+def put_between(page: Path, what: str, text: str) -> None:
+    """Replace what stands between the page's two comments of that name. Raises ValueError where it has none."""
+    begin, end = f"<!-- {what} -->", f"<!-- end of {what} -->"
     before, found, rest = page.read_text().partition(begin)
     _, found_end, after = rest.partition(end)
     if not (found and found_end):
         raise ValueError(f"{page} lacks {begin} or {end}")
-    picture = f"![Throughput relative to qemu-storage-daemon]({os.path.relpath(drawing, page.parent)})"
-    page.write_text(f"{before}{begin}\n{picture}\n\n{markdown(result)}\n{end}{after}")
+    page.write_text(f"{before}{begin}\n{text}\n{end}{after}")
 
 
 def _figure(result: Result, workload: Workload, server: str) -> str:

@@ -63,3 +63,19 @@ def test_bench_measures_all_three_and_writes_what_it_measured(tmp_path: Path) ->
 def test_bench_names_the_workload_it_does_not_know() -> None:
     done = run([sys.executable, BENCH, "--only=frobnicate"], expect=2)
     assert "frobnicate" in done.stderr
+
+
+@pytest.mark.slow
+def test_bench_of_jobs_measures_copies_and_what_the_guest_is_left(tmp_path: Path) -> None:
+    data = tmp_path / "jobs.json"
+    only = ["--only=mirror-raw-qcow2", "--only=stream-raw", "--only=commit-qcow2-raw", "--only=backup-raw"]
+    arguments = ["--jobs", "--quick", "--seconds=0.5", "--size=32", "--markdown", f"--json={data}", f"--dir={tmp_path}"]
+    done = run([sys.executable, BENCH, *arguments, *only], timeout=180)
+    rows = json.loads(data.read_text())["rows"]
+    assert {"mirror-raw-qcow2", "mirror-raw-qcow2-randwrite", "stream-raw-qcow2", "commit-qcow2-raw"} <= set(rows)
+    for name, row in rows.items():
+        for daemon in ("qemu-storage-daemon", "livedisk"):
+            (sample,) = row[daemon]
+            assert sample["rate"] > 0
+            assert (sample["iops"] > 0) == name.endswith(("randread", "randwrite"))
+    assert "| mirror, raw to qcow2 |" in done.stdout
