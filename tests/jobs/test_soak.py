@@ -1,11 +1,12 @@
 """Every job in every mode under clients that never rest, with pauses, speeds, snapshots, cancels and kill -9 at random moments.
 
-A round starts ``livedisk daemon`` on a chain of images. Clients read, write, zero, discard and flush through the device without
-pause and judge each read at once (`SectorHistory`). Meanwhile one operator runs job after job, each with random steps in between,
-and looks after each: the chain on disk (``qemu-img info --backing-chain``) is what the job promised, a target holds a moment
-between the command and the event. Then the daemon is stopped, or killed in the middle of whatever it did: the guest's data, as
-far as it was flushed, is whole in the chain that the headers name; of a pivot either the old chain or the new one has all of it.
-``qemu-img check`` finds nothing (after a kill: at most leaks).
+A round starts ``livedisk daemon`` on a chain of images. Clients read, write, zero, discard and flush through the
+device without pause and judge each read at once (`SectorHistory`). Meanwhile one operator runs job after job, each
+with random steps in between, and looks after each: the chain on disk (``qemu-img info --backing-chain``) is what the
+job promised, a mirror's or backup's target holds a moment between the command and its reply or event. Then the daemon
+is stopped, or killed in the middle of whatever it did: the guest's data, as far as it was flushed, is whole in the
+chain that the headers name; of a pivot either the old chain or the new one has all of it. ``qemu-img check`` finds
+nothing (after a kill: at most leaks).
 
 The choices come from a seed, the timing does not. ``SOAK_SEED=n`` runs that seed; the soak (``scripts/test --soak``)
 runs new seeds for ``SOAK_SECONDS`` (600).
@@ -19,6 +20,7 @@ import os
 import random
 import time
 from collections import Counter
+from collections.abc import Awaitable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
@@ -30,7 +32,7 @@ from kit.livedisk import Daemon
 from kit.peers import run
 from kit.qemu import check, info, qemu_img, read_all
 from kit.qmp import Qmp, QmpError
-from kit.sector_history import SECTOR, Impossible, SectorHistory
+from kit.sector_history import SECTOR, Impossible, Look, SectorHistory
 
 SECTORS: Final = 8192
 SIZE: Final = SECTORS * SECTOR
@@ -105,8 +107,9 @@ class Disk:
 class Asked:
     """A job that was asked for: the command, and what it leads to.
 
-    ``outcome``: the chain if it succeeds. ``end``: what to do when it is ready ("" if it never is). ``pivot``: the image
-    that the guest goes over to. ``target``: an image that gets a copy of a moment.
+    ``outcome``: the chain if it succeeds. ``end``: what to do when it is ready ("" if it never is). ``pivot``: the
+    image that the guest goes over to. ``target``: an image that gets a copy of a moment: of its end or, with
+    ``at_start``, of its start. ``endless``: only a cancel ends it. ``made``: images that were made for it.
     """
 
     command: str
@@ -116,6 +119,8 @@ class Asked:
     pivot: str = ""
     target: str = ""
     made: list[str] = field(default_factory=list)
+    at_start: bool = False
+    endless: bool = False
     aborted: bool = False
 
 
@@ -131,6 +136,7 @@ class Soak(Clients):
     async def operate(self) -> None:
         """One thing after the other."""
         jobs = [self.stream, self.stream, self.commit, self.commit, self.active_commit, self.mirror, self.mirror]
+        jobs += [self.backup, self.backup]
         while not self.over:
             await asyncio.sleep(self.chance.uniform(0, 0.05))
             if len(self.disk.chain) < 3 or self.chance.random() < 0.3:
@@ -211,6 +217,24 @@ class Soak(Clients):
             asked.outcome, asked.pivot, asked.target = [*chain], "", target if sync == "full" else ""
         return asked
 
+    async def backup(self) -> Asked | None:
+        disk, chain = self.disk, self.disk.chain
+        sync = self.chance.choice(("full", "full", "top", "none"))
+        below = chain[-2] if sync == "top" else None
+        target = disk.new_image(below)
+        arguments: dict[str, Any] = {"device": chain[-1], "sync": sync, "compress": self.chance.random() < 0.3}
+        if sync == "none" or self.chance.random() < 0.5:
+            name = "drive-backup"
+            arguments |= {"target": str(disk.path(target)), "format": "qcow2", "mode": "absolute-paths"}
+        else:
+            name = "blockdev-backup"
+            arguments["target"] = target
+            file = {"driver": "file", "filename": str(disk.path(target)), "discard": "unmap"}
+            await self.command("blockdev-add", driver="qcow2", node_name=target, file=file, backing=below)
+        asked = Asked(name, arguments, [*chain], made=[target], at_start=True, endless=sync == "none")
+        asked.target = "" if asked.endless else target
+        return asked
+
     # -- a job's life ----------------------------------------------------------------------------------------------------
     async def _run_job(self, asked: Asked) -> None:
         self.doing = f"{asked.command} {asked.arguments} then {asked.end}"
@@ -218,7 +242,9 @@ class Soak(Clients):
         options = {"job-id": "j", "auto-dismiss": False, **asked.arguments}
         if self.chance.random() < 0.3:
             options["speed"] = self.chance.choice((1 << 20, 4 << 20, 64 << 20))
-        await self.command(asked.command, **options)
+        moment = await self._during(self.command(asked.command, **options)) if asked.at_start else None
+        if moment is None:
+            await self.command(asked.command, **options)
         await self._accompany(asked)
         error = next(job for job in await self.command("query-jobs") if job["id"] == "j").get("error")
         await self.command("job-dismiss", id="j")
@@ -230,8 +256,19 @@ class Soak(Clients):
             self.disk.chain = asked.outcome
             mode = asked.arguments.get("sync", "")
             self.count(" ".join(filter(None, (asked.command, mode, asked.end))))
+            if moment is not None and asked.target:
+                await self._check_copy(asked.target, moment)
         self.disk.tops = []
         await self._look_at_chain(asked, before)
+
+    async def _during(self, doing: Awaitable[Any]) -> Look:
+        """Do it; what the guest's disk could show meanwhile."""
+        look = self.history.look(0, SECTORS)
+        try:
+            await doing
+            return Look(0, [set(one) for one in look.seen])
+        finally:
+            self.history.give_up(look)
 
     async def _accompany(self, asked: Asked) -> None:
         """Random steps until it is concluded. Nothing holds it up for ever."""
@@ -241,6 +278,11 @@ class Soak(Clients):
             await asyncio.sleep(self.chance.uniform(0, 0.02))
             if status == "ready" and asked.end and self.chance.random() < 0.4:
                 await self._end(asked)
+                continue
+            if asked.endless and steps > 20:
+                asked.aborted = True
+                await self.command("block-job-cancel", device="j")
+                asked.endless = False
                 continue
             if steps > FULL_SPEED_AFTER:
                 await self._hurry(asked)
@@ -288,7 +330,12 @@ class Soak(Clients):
 
     async def _end(self, asked: Asked) -> None:
         end, asked.end = asked.end, ""
-        look = self.history.look(0, SECTORS)
+        seen = await self._during(self._end_now(asked, end))
+        asked.end = end
+        if asked.target and not asked.aborted:
+            await self._check_copy(asked.target, seen)
+
+    async def _end_now(self, asked: Asked, end: str) -> None:
         try:
             if end == "complete":
                 self.disk.tops = [asked.pivot]
@@ -299,21 +346,11 @@ class Soak(Clients):
                 await asyncio.sleep(0.005)
         except QmpError:
             assert asked.aborted
-        except BaseException:
-            self.history.give_up(look)
-            raise
-        asked.end = end
-        if asked.target and not asked.aborted:
-            await self._check_copy(asked.target, look)
-        else:
-            self.history.give_up(look)
 
-    async def _check_copy(self, target: str, look: Any) -> None:
-        """The target holds a moment between the cancel and the end of the job."""
+    async def _check_copy(self, target: str, seen: Look) -> None:
+        """The target holds a moment of those that were seen."""
         if self.doing.startswith("blockdev"):
             await self.command("blockdev-del", node_name=target)
-        seen = type(look)(look.start, [set(one) for one in look.seen])
-        self.history.give_up(look)
         path = self.disk.path(target)
         data = await asyncio.to_thread(read_all, path, self.disk.folder)
         await asyncio.to_thread(check, path)
