@@ -22,9 +22,9 @@ is waited for. If a copy for a guest's write fails, the guest's write is done al
 only `on-cbw-error` of a filter set up by hand can say so, fails the guest's write); ``on-cbw-error`` and ``cbw-timeout`` choose
 otherwise. The target is put on stable storage before the job is said to have succeeded (QEMU: when it is closed).
 
-``total`` is what is to be copied, in bytes of whole clusters. Memory: `LANES` copies of `STEP` bytes, and what the filter
-takes for guests' writes: 40 MiB. Source: QEMU ``block/backup.c``, ``block/block-copy.c``; every message was asked from QEMU
-10.0.2.
+``total`` is what is to be copied, in bytes of whole clusters. Memory: `LANES` copies of 2 MiB at most (none where the host copies
+from file to file), and what the filter takes for guests' writes: 40 MiB. Source: QEMU ``block/backup.c``,
+``block/block-copy.c``; every message was asked from QEMU 10.0.2.
 """
 
 from __future__ import annotations
@@ -180,6 +180,13 @@ class BackupJob(BlockJob):
             self._driver.base = under(skip_filters(self._source))
         self._account()
 
+    def request_cancel(self, *, force: bool) -> None:
+        super().request_cancel(force=force)
+        source = {self._source, *self.graph.below(self._source)}
+        for node in (self._target, *self.graph.below(self._target)):
+            if node not in source:
+                node.driver.cancel_in_flight()
+
     # -- the filter tells ----------------------------------------------------------------------------------------------
     def copied(self, length: int) -> None:
         self.done += length
@@ -262,7 +269,7 @@ class BackupJob(BlockJob):
         return offset + length
 
     async def _fit(self, offset: int, length: int) -> tuple[int, int]:
-        """As much of a dirty run as one copy may take: all that is zero, or one step of data; whole clusters."""
+        """As much of a dirty run as one copy may take: all that is zero, or one piece of data; whole clusters."""
         cluster = self._driver.moment.cluster
         step = max(LIMITED_STEP if self.rate.speed else STEP if self._driver.compressed else PIECE, cluster)
         if self._plan.max_chunk:
