@@ -20,6 +20,7 @@ import re
 import shutil
 import subprocess
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
@@ -27,7 +28,7 @@ from typing import Final
 import pytest
 
 from kit.peers import DOWNLOADS, peer, run
-from kit.process import Process
+from kit.process import Process, ProcessFailed
 
 WANTED_MODULES: Final = ("virtio_pci", "virtio_blk", "crc32c_generic", "ext4")
 """What the guest needs; what these depend on is read from the modules. Built-in ones are left out."""
@@ -133,6 +134,16 @@ class VirtualMachine(Process):
 
     def _wait_for_boot(self, start: int) -> None:
         self.wait_until(lambda: _READY in self.output()[start:], "boot", timeout=self._boot_timeout)
+        # What is typed while the shell takes the terminal over may be lost: it listens when it has answered.
+        deadline = time.monotonic() + self._boot_timeout
+        while True:
+            asked = self.begin("true")
+            try:
+                asked.wait(timeout=5)
+                return
+            except ProcessFailed:
+                if time.monotonic() > deadline or not self.running:
+                    raise
 
     def begin(self, command: str) -> Pending:
         """Start a shell command (several lines are fine) and do not wait for it."""
