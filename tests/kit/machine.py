@@ -111,7 +111,8 @@ def _without_chance(value: Any) -> Any:
         return [_without_chance(one) for one in value]
     if not isinstance(value, dict):
         return value
-    value = {key: _without_chance(one) for key, one in value.items()}
+    # Members of ours, which QEMU has not, begin with x-.
+    value = {key: _without_chance(one) for key, one in value.items() if not key.startswith("x-")}
     if value.get("format") == "file":
         value["virtual-size"] = 0
     if value.get("status") in ("running", "paused"):
