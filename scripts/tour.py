@@ -1,5 +1,5 @@
-"""The guided tour behind ``scripts/quickstart``: a disk that is snapshotted while a client writes, and not a byte is
-lost.
+"""The guided tour behind ``scripts/quickstart``: a disk that is snapshotted, backed up, shortened and moved while a client
+writes, and not a byte is lost.
 
 What happens, all of it real and on files in a temporary folder:
 
@@ -7,8 +7,9 @@ What happens, all of it real and on files in a temporary folder:
 NBD server. 2. An embedded NBD client attaches to the guest's door and writes, zeroes, reads and compares without
 pause. 3. Over QMP the disk is snapshotted live, several times. For each snapshot the tour notes what the disk held
 at that moment. 4. The client stops and flushes. Every byte is compared: of the disk, and of every snapshot, each
-through an export of its own. 5. The daemon is killed with SIGKILL and started again from the files. Every byte is
-compared once more.
+through an export of its own. 5. The client writes again, and all four jobs run on its disk: a backup of one moment, a stream
+and a commit that shorten the chain, a mirror that the disk goes over to. Every byte of the disk and of the backup is compared.
+6. The daemon is killed with SIGKILL and started again from the files. Every byte is compared once more.
 
 Exit code 0 only if all of it held.
 """
@@ -35,6 +36,7 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
+from livedisk.emulator.cli.figures import bar, human_bytes
 from livedisk.emulator.drivers.qcow2.create import CreateOptions, create_file
 from livedisk.emulator.errors import LiveDiskError
 from livedisk.emulator.qmp.client import ConnectionLost, QmpClient
@@ -42,6 +44,7 @@ from livedisk.nbd.client import NbdClient
 
 BLOCK: Final = 4096
 STEP: Final = 1 << 20
+JOB: Final = "job0"
 _CONTENT = struct.Struct("<QQ")
 
 
@@ -71,14 +74,14 @@ class Client:
     """The embedded client: ``depth`` requests in flight at random, at most one on a block, and the model they are
     checked with."""
 
-    def __init__(self, nbd: NbdClient, depth: int, seed: int) -> None:
+    def __init__(self, nbd: NbdClient, depth: int, seed: int, model: array[int] | None = None) -> None:
         self.nbd = nbd
         self.blocks = nbd.info.size // BLOCK
-        self.model = array("Q", bytes(8 * self.blocks))
+        self.model = array("Q", bytes(8 * self.blocks)) if model is None else model
         self.written = self.verified = 0
         self._depth = depth
         self._random = random.Random(seed)
-        self._numbers = 0
+        self._numbers = max(self.model)
         self._under_way: dict[int, int | None] = {}
         self._moments: list[Moment] = []
         self._running = True
@@ -147,6 +150,7 @@ class Screen:
     console: Console
     chain: list[str] = field(default_factory=list)
     figures: dict[str, str] = field(default_factory=dict)
+    job: str = ""
     lines: list[Text] = field(default_factory=list)
     started: float = field(default_factory=time.monotonic)
 
@@ -171,8 +175,8 @@ class Screen:
                 figures,
             )
             if not self.lines
-            else Group(boxes, Text(""), figures, Text(""), *self.lines[-height:]),
-            title="livedisk: snapshots of a disk in use",
+            else Group(boxes, Text(""), figures, Text(self.job, "yellow"), *self.lines[-height:]),
+            title="livedisk: a disk in use",
             border_style="cyan",
         )
 
@@ -278,6 +282,7 @@ class Tour:
         self.snapshots = snapshots
         self.seconds = seconds
         self.moments: list[Moment] = []
+        self.backup: Moment
 
     def image(self, number: int) -> Path:
         return self.folder / f"disk-{number}.qcow2"
@@ -291,9 +296,12 @@ class Tour:
             model = await self.write_and_snapshot(daemon)
             await self.verify(daemon, "guest", "the disk", model)
             await self.verify_snapshots(daemon)
+            model = await self.run_jobs(daemon, model)
+            await self.verify(daemon, "guest", "the disk, where it is now", model)
+            await self.verify_moment(daemon, self.backup, "the backup")
             await daemon.kill()
             self.screen.tell("kill -9 of the daemon, and again from the files", "yellow")
-            daemon = await Daemon.start(self.run_folder, self.image(self.snapshots + 1), "again")
+            daemon = await Daemon.start(self.run_folder, self.folder / "moved.qcow2", "again")
             await self.verify(daemon, "guest", "the disk after the kill", model)
             await daemon.quit()
         finally:
@@ -370,28 +378,123 @@ class Tour:
     async def verify_snapshots(self, daemon: Daemon) -> None:
         """Every frozen image is the disk of its moment, seen through an export of its own."""
         for moment in self.moments:
-            await daemon.qmp.call("nbd-server-add", {"device": moment.node, "name": moment.node})
-            async with daemon.client(moment.node) as nbd:
-                async for block, number in contents(nbd):
-                    if not moment.allows(block, number):
-                        raise TourFailed(
-                            f"snapshot {moment.node}: block {block} holds write {number}, not of its moment"
-                        )
-            await daemon.qmp.call("nbd-server-remove", {"name": moment.node, "mode": "hard"})
-            self.screen.tell(f"verified snapshot {moment.node}: all {self.size >> 20} MiB of its moment", "green")
+            await self.verify_moment(daemon, moment, f"snapshot {moment.node}")
+
+    async def verify_moment(self, daemon: Daemon, moment: Moment, what: str) -> None:
+        """A node is the disk of its moment."""
+        await daemon.qmp.call("nbd-server-add", {"device": moment.node, "name": moment.node})
+        async with daemon.client(moment.node) as nbd:
+            async for block, number in contents(nbd):
+                if not moment.allows(block, number):
+                    raise TourFailed(f"{what}: block {block} holds write {number}, not of its moment")
+        await daemon.qmp.call("nbd-server-remove", {"name": moment.node, "mode": "hard"})
+        self.screen.tell(f"verified {what}: all {self.size >> 20} MiB of its moment", "green")
+
+    # -- the jobs ------------------------------------------------------------------------------------------------------
+    async def run_jobs(self, daemon: Daemon, model: array[int]) -> array[int]:
+        """The client writes on; meanwhile backup, stream, commit and mirror run. Returns what the disk holds in the end."""
+        async with daemon.client("guest") as nbd:
+            client = Client(nbd, depth=16, seed=2, model=model)
+            async with asyncio.TaskGroup() as group:
+                group.create_task(client.run())
+                figures = group.create_task(self.show_figures(client))
+                self.screen.tell("the client writes again, and now every job runs on its disk")
+                await self.back_up(daemon, client)
+                await self.shorten(daemon)
+                await self.move(daemon)
+                client.stop()
+                figures.cancel()
+            self.screen.tell("the client stopped and flushed")
+            return client.model
+
+    async def back_up(self, daemon: Daemon, client: Client) -> None:
+        """A copy of one moment: that of the command."""
+        await self.open_target(daemon, "backup")
+        with client.moment("backup") as self.backup:
+            await self.begin(daemon, "blockdev-backup", device=self.screen.chain[-1], target="backup", sync="full")
+        await self.ended(daemon, "backup of the whole disk, as it was at one moment")
+
+    async def shorten(self, daemon: Daemon) -> None:
+        """A stream takes the image below the top out of the chain, a commit all between the new neighbour and the base."""
+        chain = self.screen.chain
+        await self.begin(daemon, "block-stream", device=chain[-1], base=str(self.folder / f"{chain[-3]}.qcow2"))
+        await self.ended(daemon, f"stream: {chain[-2]} into {chain[-1]}")
+        del chain[-2]
+        if len(chain) > 2:
+            names = {
+                name: str(self.folder / f"{node}.qcow2") for name, node in (("top", chain[-2]), ("base", chain[0]))
+            }
+            await self.begin(daemon, "block-commit", device=chain[-1], **names)
+            await self.ended(daemon, f"commit: all down from {chain[-2]} into {chain[0]}")
+            del chain[1:-1]
+
+    async def move(self, daemon: Daemon) -> None:
+        """A mirror catches up with the client; then the client's disk is the copy, from one request to the next."""
+        await self.open_target(daemon, "moved")
+        await self.begin(daemon, "blockdev-mirror", device=self.screen.chain[-1], target="moved", sync="full", speed=0)
+        asked = time.monotonic()
+        while not (job := await self.look(daemon)) or not job["ready"]:
+            if time.monotonic() - asked > 2 and job:
+                # The client may write as fast as anybody can copy: let its writes reach both.
+                change = {"id": JOB, "type": "mirror", "copy-mode": "write-blocking"}
+                await daemon.qmp.call("block-job-change", change)
+                asked = float("inf")
+            await asyncio.sleep(0.05)
+        await daemon.qmp.call("job-complete", {"id": JOB})
+        await self.ended(daemon, "mirror: caught up, and the disk went over to the copy")
+        self.screen.chain[:] = ["moved"]
+
+    async def open_target(self, daemon: Daemon, name: str) -> None:
+        path = self.folder / f"{name}.qcow2"
+        await create_file(str(path), CreateOptions(size=self.size))
+        file = {"driver": "file", "filename": str(path)}
+        await daemon.qmp.call("blockdev-add", {"driver": "qcow2", "node-name": name, "file": file})
+
+    async def begin(self, daemon: Daemon, command: str, **arguments: object) -> None:
+        """Start a job, slow enough to be seen."""
+        await daemon.qmp.call(command, {"job-id": JOB, "speed": self.size // 2, **arguments})
+
+    async def look(self, daemon: Daemon) -> dict[str, Any] | None:
+        """What the job does now, for the screen, too; None once it is over."""
+        jobs: list[dict[str, Any]] = await daemon.qmp.call("query-block-jobs")
+        job = next((job for job in jobs if job["device"] == JOB), None)
+        if job is not None:
+            share = job["offset"] / job["len"] if job["len"] else 0.0
+            self.screen.job = f"{job['type']:<7} {bar(share, 40, '█░')} {share:4.0%}  {job['status']}"
+        return job
+
+    async def ended(self, daemon: Daemon, what: str) -> None:
+        """Wait for the job's end. Raises `TourFailed` if it failed."""
+        began = time.perf_counter()
+        waiting = asyncio.create_task(daemon.qmp.wait_event("BLOCK_JOB_COMPLETED", device=JOB))
+        while not waiting.done():
+            await self.look(daemon)
+            await asyncio.wait([waiting], timeout=0.1)
+        done = waiting.result()["data"]
+        if "error" in done:
+            raise TourFailed(f"{what}: {done['error']}")
+        while await self.look(daemon):
+            await asyncio.sleep(0.01)
+        self.screen.job = ""
+        took = time.perf_counter() - began
+        self.screen.tell(f"{what}: {human_bytes(done['len'])}, {took:.1f} s", "cyan")
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
 @click.option(
-    "--seconds", default=8.0, show_default=True, type=click.FloatRange(min=0.5), help="How long the client writes."
+    "--seconds",
+    default=5.0,
+    show_default=True,
+    type=click.FloatRange(min=0.5),
+    help="How long the client writes while snapshots are taken.",
 )
-@click.option("--snapshots", default=4, show_default=True, type=click.IntRange(1, 30), help="Live snapshots meanwhile.")
+@click.option("--snapshots", default=4, show_default=True, type=click.IntRange(2, 30), help="Live snapshots meanwhile.")
 @click.option("--size", default=64, show_default=True, type=click.IntRange(1, 4096), help="MiB of the disk.")
 @click.option(
     "--keep", type=click.Path(file_okay=False, path_type=Path), help="Make the images in this folder and keep them."
 )
 def main(seconds: float, snapshots: int, size: int, keep: Path | None) -> None:
-    """Snapshot a disk live while a client writes to it, and verify every byte."""
+    """Snapshot a disk, back it up, shorten its chain and move it while a client writes, and verify every byte."""
     console = Console(highlight=False)
     screen = Screen(console)
     with tempfile.TemporaryDirectory(prefix="livedisk-", dir="/tmp") as scratch:
@@ -403,9 +506,11 @@ def main(seconds: float, snapshots: int, size: int, keep: Path | None) -> None:
         if failure is not None:
             console.print(f"FAILED: {failure}", style="bold red")
             raise SystemExit(1)
-    told = f"Nothing was lost: {snapshots} live snapshots under load, one kill -9, every byte verified."
+    told = f"Nothing was lost: {snapshots} live snapshots and four jobs under load, one kill -9, every byte verified."
     console.print(told, style="bold green")
-    console.print("Next: livedisk serve --help, livedisk daemon --help, livedisk qmp --help (in .quickstart/bin).")
+    console.print(
+        "Next: livedisk serve --help, daemon --help, qmp --help, jobs --help, graph --help (in .quickstart/bin)."
+    )
 
 
 async def outcome(tour: Tour) -> BaseException | None:

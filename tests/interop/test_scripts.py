@@ -20,11 +20,21 @@ TOUR = ROOT / "scripts" / "tour.py"
 def test_quickstarts_tour_loses_nothing_and_leaves_sound_images(tmp_path: Path) -> None:
     images = tmp_path / "a-folder-with-a-name-that-is-too-long-for-a-unix-socket" / ("x" * 80)
     done = run([sys.executable, TOUR, "--seconds=2", "--snapshots=3", "--size=16", f"--keep={images}"], timeout=120)
-    assert "Nothing was lost: 3 live snapshots" in done.stdout
-    assert [path.name for path in sorted(images.glob("*.qcow2"))] == [f"disk-{n}.qcow2" for n in range(5)]
+    assert "Nothing was lost: 3 live snapshots and four jobs" in done.stdout
+    for what in (
+        "backup of",
+        "stream:",
+        "commit:",
+        "mirror:",
+        "verified the backup",
+        "verified the disk after the kill",
+    ):
+        assert what in done.stdout
+    names = [*(f"disk-{n}" for n in range(5)), "backup", "moved"]
+    assert {path.stem for path in images.glob("*.qcow2")} == set(names)
     for path in images.glob("*.qcow2"):
         qemu.check(path, leaks=True)
-    assert len(qemu.info(images / "disk-4.qcow2", "--backing-chain")) == 5
+    assert [len(qemu.info(images / f"{name}.qcow2", "--backing-chain")) for name in names] == [1, 2, 3, 4, 2, 1, 1]
 
 
 def test_tour_fails_loudly_when_the_daemon_does_not_start(tmp_path: Path) -> None:
