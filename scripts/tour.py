@@ -283,6 +283,7 @@ class Tour:
         self.seconds = seconds
         self.moments: list[Moment] = []
         self.backup: Moment
+        self._began = 0.0
 
     def image(self, number: int) -> Path:
         return self.folder / f"disk-{number}.qcow2"
@@ -420,13 +421,10 @@ class Tour:
         await self.begin(daemon, "block-stream", device=chain[-1], base=str(self.folder / f"{chain[-3]}.qcow2"))
         await self.ended(daemon, f"stream: {chain[-2]} into {chain[-1]}")
         del chain[-2]
-        if len(chain) > 2:
-            names = {
-                name: str(self.folder / f"{node}.qcow2") for name, node in (("top", chain[-2]), ("base", chain[0]))
-            }
-            await self.begin(daemon, "block-commit", device=chain[-1], **names)
-            await self.ended(daemon, f"commit: all down from {chain[-2]} into {chain[0]}")
-            del chain[1:-1]
+        names = {name: str(self.folder / f"{node}.qcow2") for name, node in (("top", chain[-2]), ("base", chain[0]))}
+        await self.begin(daemon, "block-commit", device=chain[-1], **names)
+        await self.ended(daemon, f"commit: all down from {chain[-2]} into {chain[0]}")
+        del chain[1:-1]
 
     async def move(self, daemon: Daemon) -> None:
         """A mirror catches up with the client; then the client's disk is the copy, from one request to the next."""
@@ -452,6 +450,7 @@ class Tour:
 
     async def begin(self, daemon: Daemon, command: str, **arguments: object) -> None:
         """Start a job, slow enough to be seen."""
+        self._began = time.perf_counter()
         await daemon.qmp.call(command, {"job-id": JOB, "speed": self.size // 2, **arguments})
 
     async def look(self, daemon: Daemon) -> dict[str, Any] | None:
@@ -465,7 +464,6 @@ class Tour:
 
     async def ended(self, daemon: Daemon, what: str) -> None:
         """Wait for the job's end. Raises `TourFailed` if it failed."""
-        began = time.perf_counter()
         waiting = asyncio.create_task(daemon.qmp.wait_event("BLOCK_JOB_COMPLETED", device=JOB))
         while not waiting.done():
             await self.look(daemon)
@@ -476,7 +474,7 @@ class Tour:
         while await self.look(daemon):
             await asyncio.sleep(0.01)
         self.screen.job = ""
-        took = time.perf_counter() - began
+        took = time.perf_counter() - self._began
         self.screen.tell(f"{what}: {human_bytes(done['len'])}, {took:.1f} s", "cyan")
 
 

@@ -27,7 +27,7 @@ WRITE_FILES = """\
 (n=0; while [ ! -e /tmp/stop ]; do n=$((n + 1)); \
 dd if=/dev/urandom of=/mnt/file$n bs=4k count=$((n * 37 % 100 + 1)) 2>/dev/null; \
 (cd /mnt; md5sum file$n >/mnt/sums/$n); sync; echo synced $n; \
-[ $n -gt 60 ] && rm -f /mnt/file$((n - 60)) /mnt/sums/$((n - 60)); done; echo writer ended) &"""
+[ $n -gt 60 ] && rm -f /mnt/file$((n - 60)) /mnt/sums/$((n - 60)); done) &"""
 
 
 class Disk:
@@ -118,8 +118,8 @@ def test_guest_writes_through_every_job_and_every_pivot(short_path: Path, tmp_pa
             synced = disk.written()
             disk.job("blockdev-backup", device="mirrored", target="backup", sync="full")
 
-            guest.do("touch /tmp/stop")
-            guest.wait_for_output("writer ended", timeout=60)
+            # Waited for there: busybox's shell ends, and the guest with it, if a child does while it reads from the console.
+            guest.do("touch /tmp/stop; wait", timeout=120)
             guest.do("umount /mnt && e2fsck -f -n /dev/vda", timeout=120)
             checked = guest.do(
                 "mount /dev/vda /mnt && cd /mnt && cat sums/* | md5sum -c && cd / && umount /mnt", timeout=120
