@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from benchmark.jobs import DAEMONS, Monitor, _Empty
-from benchmark.measure import _fio
+from benchmark.measure import fio
 
 HUGE: Final = 1 << 40
 PLACES: Final = 256
@@ -104,8 +104,8 @@ def guest(kind: type[_Empty], folder: Path, size: int, seconds: float, samples: 
                 add(monitor, f"b{number}", persistent=persistent)
             with exported(daemon, monitor) as uri:
                 settings = {"rw": "randwrite", "bs": "4k", "iodepth": 32, "size": size, "uri": uri}
-                _fio({**settings, "bs": "64k", "rw": "randwrite", "runtime": 1}, "--time_based")
-                report = _fio({**settings, "runtime": seconds}, "--time_based")
+                fio({**settings, "bs": "64k", "rw": "randwrite", "runtime": 1}, "--time_based")
+                report = fio({**settings, "runtime": seconds}, "--time_based")
             samples.setdefault((f"IOPS, {row}", kind.name), []).append(report["write"]["iops"])
             for number in range(count):
                 monitor.run("block-dirty-bitmap-remove", node="disk", name=f"b{number}")
