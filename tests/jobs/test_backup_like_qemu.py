@@ -5,6 +5,7 @@ Differences that are meant, and so not in these scripts:
 * A raw target does not get what reads as zeroes allocated.
 * A backup is lost where a copy for a guest's write fails; QEMU fails the write.
 * drive-backup to an existing image without its format: QEMU probes.
+* What reads as zeroes through snapshot-access is copied as zeroes; QEMU takes it for data.
 * What a backup does not copy (sync bitmap) cannot be read through its filter either: an internal bitmap tells.
 * Formats that livedisk does not know (vmdk).
 """
@@ -190,6 +191,32 @@ SCRIPTS: dict[str, list[Step]] = {
         several(act("blockdev-backup", job_id="j")),
         *BOTH,
     ],
+    "transactions undone": [
+        several(one(), act("blockdev-snapshot", node="b", overlay="u"), act("abort")),
+        several(act("blockdev-snapshot", node="b", overlay="u"), one(device="u"), act("abort")),
+        several(
+            act("block-dirty-bitmap-add", node="b", name="m"),
+            one(sync="incremental", bitmap="m", target="inc"),
+            act("block-dirty-bitmap-add", node="b", name="m2"),
+            act("block-dirty-bitmap-clear", node="b", name="m"),
+        ),
+        BITMAPS,
+    ],
+    "a snapshot in the same step": [
+        several(one(filter_node_name="flt"), act("blockdev-snapshot", node="b", overlay="inc")),
+        "null",
+        BITMAPS,
+    ],
+    "the source discarded": [
+        c("blockdev-add", driver="copy-before-write", node_name="cbw", file="b", target="t"),
+        c("blockdev-add", driver="snapshot-access", node_name="then", file="cbw", discard="unmap"),
+        backup(device="then", target="u", discard_source=True),
+        "null",
+        backup(device="then", target="u", auto_dismiss=False),
+        "concluded",
+        *BOTH,
+        c("job-dismiss", id="j"),
+    ],
     "drive-backup": [drive(), "null", drive(target="FOLDER/top", sync="top"), "null"],
     "drive-backup none": [drive(sync="none"), c("query-block-jobs"), c("job-cancel", id="j"), "null"],
     "drive-backup to what exists": [
@@ -232,6 +259,20 @@ SCRIPTS: dict[str, list[Step]] = {
         backup(target="inc", sync="incremental", bitmap="m"),
         "null",
         BITMAPS,
+    ],
+    "incremental, persistent": [
+        several(act("block-dirty-bitmap-add", node="b", name="m", persistent=True), one()),
+        "null",
+        backup(target="inc", sync="incremental", bitmap="m"),
+        "null",
+        several(
+            act("block-dirty-bitmap-add", node="b", name="m2", persistent=True, granularity=131072),
+            act("block-dirty-bitmap-merge", node="b", target="m2", bitmaps=["m"]),
+            act("block-dirty-bitmap-disable", node="b", name="m2"),
+            act("blockdev-backup", job_id="k", device="b", target="u", sync="bitmap", bitmap="m", bitmap_mode="never"),
+        ),
+        "null@k",
+        *(c("x-debug-block-dirty-bitmap-sha256", node="b", name=name) for name in ("m", "m2")),
     ],
     "bitmaps busy": [
         bitmap("add", granularity=4096),
