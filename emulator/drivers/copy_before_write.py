@@ -207,6 +207,10 @@ class CopyBeforeWrite(Driver):
         await self._before_change(offset, len(data))
         await self._edge.node.write_compressed(offset, data)
 
+    async def flush(self) -> None:
+        """Of the disk alone: a guest's flush neither waits for the target nor fails with it."""
+        await self._edge.node.flush()
+
     async def truncate(self, size: int, *, exact: bool, prealloc: Preallocation) -> None:
         if size < self.size:
             await self._before_change(size, self.size - size)

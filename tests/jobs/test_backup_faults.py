@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any
 import pytest
 
 from kit.livedisk import Daemon
-from kit.qemu import qemu_io
+from kit.qemu import QemuNbd, qemu_io
 from kit.qmp import Qmp
 
 SIZE = 1 << 20
@@ -129,3 +130,24 @@ def test_a_failed_flush_of_the_target_is_tried_again(policy: str, short_path: Pa
         assert "error" not in found.ended()
         found.daemon.stop(expect=0)
         assert found.content("t") == found.content("s")
+
+
+def test_a_cancel_frees_the_guest_from_a_target_that_waits_to_reconnect(short_path: Path) -> None:
+    """The target's server is gone, and is waited for longer than anybody has patience."""
+    (short_path / "far.raw").write_bytes(bytes(SIZE))
+    with disk(short_path) as found, QemuNbd(short_path, short_path / "far.raw") as server:
+        far = {"type": "unix", "path": str(server.socket)}
+        found.qmp.execute("blockdev-add", driver="nbd", node_name="far", server=far, reconnect_delay=1000)
+        found.backup(target="far")
+        found.guest("write -P 2 0 64k")
+        server.kill()
+        writing = threading.Thread(target=found.guest, args=("write -P 2 512k 64k", "flush"))
+        writing.start()
+        writing.join(1)
+        assert writing.is_alive()  # it waits for its copy
+        found.qmp.execute("job-cancel", id="j")
+        writing.join(20)
+        assert not writing.is_alive()
+        found.ended("BLOCK_JOB_CANCELLED")
+        found.daemon.stop(expect=0)
+        assert found.content("s")[512 << 10 : 576 << 10] == NEW * (64 << 10)

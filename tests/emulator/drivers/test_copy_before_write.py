@@ -229,6 +229,17 @@ def test_a_write_waits_for_the_read_of_the_moment_that_it_would_change() -> None
     asyncio.run(act())
 
 
+def test_a_flush_of_the_guest_is_none_of_the_target() -> None:
+    async def act() -> None:
+        async with fleece(MEMORY, MEMORY) as made:
+            made.memory("target").faults.append(errno.EIO)
+            await made.guest.flush()
+            assert (made.memory("disk").flushes, made.memory("target").flushes) == (1, 0)
+            made.memory("target").faults.clear()
+
+    asyncio.run(act())
+
+
 def test_two_writes_to_one_cluster_wait_for_the_same_copy() -> None:
     async def act() -> None:
         async with fleece(MEMORY, MEMORY) as made:
