@@ -39,6 +39,7 @@ from livedisk.emulator.qmp import (
     block_commands_snapshot,
     blockdev,
     chardev_commands,
+    child_commands,
     control,
     device_commands,
     export_commands,
@@ -50,7 +51,7 @@ from livedisk.emulator.qmp import (
     query_uuid,
     throttle_commands,
 )
-from livedisk.emulator.qmp.block_events import BlockImageCorrupted
+from livedisk.emulator.qmp.block_events import BlockImageCorrupted, QuorumFailure, QuorumReportBad
 from livedisk.emulator.qmp.chardev import Chardev, MonitorOptions, backend_name
 from livedisk.emulator.qmp.context import Context, Extension
 from livedisk.emulator.qmp.control import Shutdown, ShutdownCause
@@ -73,6 +74,7 @@ COMMANDS = (
     block_commands_internal,
     block_commands_snapshot,
     blockdev,
+    child_commands,
     chardev_commands,
     control,
     credentials,
@@ -116,6 +118,7 @@ class Daemon:
         throttle_commands.connect(self.graph.throttle_groups, self.objects)
         self.graph.client_tls = self._client_tls
         self.graph.on_corruption.append(self._announce_corruption)
+        self.graph.on_vote.append(self._announce_vote)
         self.extensions: dict[type, Extension] = {}
         self._dispatcher = Dispatcher()
         self._chardevs: dict[str, Device] = {}
@@ -228,6 +231,9 @@ class Daemon:
 
     def _is_iothread(self, name: str) -> bool:
         return self.objects.find(name, Iothread) is not None
+
+    def _announce_vote(self, what: str, told: dict[str, Any]) -> None:
+        self.events.emit(QuorumFailure(**told) if what == "failure" else QuorumReportBad(**told))
 
     def _announce_corruption(self, node: Node, text: str, offset: int | None, size: int | None, fatal: bool) -> None:
         self.events.emit(

@@ -408,6 +408,18 @@ class Driver(ABC):
         return await edge.node.driver.allocated_size() if edge is not None else None
 
 
+class ChildKeeper(Driver):
+    """A driver with any number of children of one kind, named ``children.0`` and so on, that come and go while it is used."""
+
+    @abstractmethod
+    def attach(self, child: Node) -> None:
+        """One more. Nothing is in flight. Raises BlockError or PermissionConflict."""
+
+    @abstractmethod
+    def detach(self, edge: Edge) -> None:
+        """One less; the caller releases it. Nothing is in flight. Raises BlockError."""
+
+
 DRIVERS: dict[str, type[Driver]] = {}
 """Every known driver by name. Filled by `register`; importing ``livedisk.emulator.drivers`` registers the built-in
 ones."""

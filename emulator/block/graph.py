@@ -46,7 +46,8 @@ class Graph:
 
     ``reserved``: callables that say whether a name is taken by something other than a node (a device); ``on_change``:
     called after any change of
-    structure; ``throttle_groups``: who shares limits; ``drain_listeners``: nodes that hold requests back on their own;
+    structure; ``on_vote``: told where children of a quorum fail or differ ("bad"), or there is none ("failure");
+    ``throttle_groups``: who shares limits; ``drain_listeners``: nodes that hold requests back on their own;
     ``on_corruption``: told of damage found in an image at run time (node, text, offset and size in bytes or None,
     whether the image is unusable now); ``parse_options``: turns the dict of a ``json:{...}`` filename into typed options (set by
     the daemon: this layer knows nothing of QMP); ``client_tls``: turns the id of TLS credentials and the name that the server
@@ -61,6 +62,7 @@ class Graph:
         self.on_corruption: list[Callable[[Node, str, int | None, int | None, bool], None]] = []
         self.parse_options: Callable[[dict[str, Any]], BlockdevOptions] | None = None
         self.client_tls: Callable[[str, str | None], Secure] | None = None
+        self.on_vote: list[Callable[[str, dict[str, Any]], None]] = []
         self.throttle_groups = ThrottleGroups()
         self.drain_listeners: dict[Node, DrainListener] = {}
         self._drains: list[_Drain] = []

@@ -111,7 +111,9 @@ class _Named:
         if "filename" in own:
             self.options["filename"] = own["filename"]
         for name, child in children.items():
-            if name != "backing" or self.overridden:
+            if name.startswith("children."):
+                self.options.setdefault("children", []).append(child.options)
+            elif name != "backing" or self.overridden:
                 self.options[name] = child.options
         if self.overridden and node.backing is None:
             self.options["backing"] = None
@@ -176,7 +178,7 @@ def _own_options(node: Node) -> dict[str, Any]:
     for attribute, name, default in _own_members(type(node.options)):
         value = getattr(node.options, attribute)
         given = value is not msgspec.UNSET and value != default
-        if given and name not in (*node.children, "file", "backing"):
+        if given and name not in (*node.children, "file", "backing", "children"):
             plain = msgspec.to_builtins(value)
             if isinstance(plain, dict):  # QEMU keeps options flat
                 own.update({f"{name}.{inner}": part for inner, part in plain.items()})

@@ -13,7 +13,6 @@ from typing import Any
 from livedisk.emulator.block.backend import BlockBackend
 from livedisk.emulator.errors import BlockError, LiveDiskError, NodeNotFound
 from livedisk.emulator.qmp.context import Context
-from livedisk.emulator.qmp.lookup import find_node
 from livedisk.emulator.qmp.object_commands import Iothread
 from livedisk.emulator.qmp.qapi import UNSET, QapiStruct, StrOrNull, UnsetType
 from livedisk.emulator.qmp.registry import command
@@ -48,31 +47,6 @@ async def query_target(ctx: Context) -> TargetInfo:
 async def query_cpus_fast(ctx: Context) -> list[dict[str, Any]]:
     """No CPU."""
     return []
-
-
-class XBlockdevChange(QapiStruct, kw_only=True):
-    """``child`` is to be removed, or ``node`` to be added."""
-
-    parent: str
-    child: str | UnsetType = UNSET
-    node: str | UnsetType = UNSET
-
-
-@command("x-blockdev-change", allow_preconfig=True, features=("unstable",))
-async def x_blockdev_change(ctx: Context, args: XBlockdevChange) -> None:
-    """Add or remove a child of a node whose driver takes any number of them: there is no such driver here (QEMU: quorum)."""
-    parent = find_node(ctx, args.parent, args.parent)
-    if (args.child is UNSET) is (args.node is UNSET):
-        if args.child is not UNSET:
-            raise LiveDiskError("The parameters child and node are in conflict")
-        raise LiveDiskError("Either child or node must be specified")
-    if isinstance(args.child, str):
-        if args.child not in parent.children:
-            raise BlockError(f"Node '{args.parent}' does not have child '{args.child}'")
-        raise BlockError(f"The node {parent.name} does not support removing a child")
-    if args.node not in ctx.daemon.graph.nodes:
-        raise NodeNotFound(f"Node '{args.node}' not found")
-    raise BlockError(f"The node {parent.name} does not support adding a child")
 
 
 class XBlockdevSetIothread(QapiStruct, kw_only=True):

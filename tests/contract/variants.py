@@ -116,6 +116,15 @@ def blklogwrites(folder: Path, size: int) -> dict[str, Any]:
     return {"driver": "blklogwrites", "discard": "unmap", "file": plain(folder, size, discard="unmap"), "log": logged}
 
 
+def quorum(folder: Path, size: int) -> dict[str, Any]:
+    paths = [folder / f"{number}.raw" for number in range(3)]
+    for path in paths:
+        if not path.exists():
+            path.write_bytes(pattern(size))
+    children = [{"driver": "file", "filename": str(path)} for path in paths]
+    return {"driver": "quorum", "children": children, "vote-threshold": 2}
+
+
 def preallocate(folder: Path, size: int) -> dict[str, Any]:
     file = plain(folder, size, discard="unmap")
     return {"driver": "preallocate", "discard": "unmap", "prealloc-size": 1 << 20, "prealloc-align": 4096, "file": file}
@@ -167,6 +176,7 @@ VARIANTS: list[Variant] = [
     Variant("blkverify", blkverify, resizable=False, content=pattern),
     Variant("blklogwrites", blklogwrites, content=pattern),
     Variant("preallocate", preallocate, content=pattern),
+    Variant("quorum", quorum, resizable=False, content=pattern),
     Variant("compress", compress, resizable=False),
     Variant("qcow2", qcow2()),
     Variant("qcow2-512", qcow2("cluster_size=512")),
