@@ -9,7 +9,8 @@ pause. 3. Over QMP the disk is snapshotted live, several times. For each snapsho
 at that moment. 4. The client stops and flushes. Every byte is compared: of the disk, and of every snapshot, each
 through an export of its own. 5. The client writes again, and all four jobs run on its disk: a backup of one moment, a stream
 and a commit that shorten the chain, a mirror that the disk goes over to. Every byte of the disk and of the backup is compared.
-6. The daemon is killed with SIGKILL and started again from the files. Every byte is compared once more.
+6. The daemon is killed with SIGKILL and started again from the files. Every byte is compared once more. 7. The client writes a
+third time, through ``livedisk proxy``, while ``livedisk migrate`` moves its disk to a second daemon. All is compared there.
 
 Exit code 0 only if all of it held.
 """
@@ -45,6 +46,7 @@ from livedisk.nbd.client import NbdClient
 BLOCK: Final = 4096
 STEP: Final = 1 << 20
 JOB: Final = "job0"
+LIVEDISK: Final = str(Path(sys.executable).with_name("livedisk"))
 _CONTENT = struct.Struct("<QQ")
 
 
@@ -193,16 +195,30 @@ class Daemon:
     async def start(cls, folder: Path, top: Path, node: str) -> Daemon:
         """Serve the image ``top`` as the guest's disk, its node named ``node``. Raises `TourFailed` with what the
         daemon printed if it does not come up."""
+        disk = [
+            *("--blockdev", f"driver=qcow2,node-name={node},file.driver=file,file.filename={top}"),
+            *("--device", f"virtio-blk,drive={node},id=virtio0"),
+        ]
+        daemon = await cls._launch(folder, [*disk, "--nbd-server", f"addr.type=unix,addr.path={folder / 'nbd'}"])
+        await daemon.qmp.call("nbd-server-add", {"device": "virtio0", "name": "guest", "writable": True})
+        return daemon
+
+    @classmethod
+    async def start_waiting(cls, folder: Path) -> Daemon:
+        """A daemon that waits for a guest from elsewhere. Raises `TourFailed`."""
+        folder.mkdir()
+        return await cls._launch(folder, ["-incoming", "defer"])
+
+    @classmethod
+    async def _launch(cls, folder: Path, options: list[str]) -> Daemon:
         qmp_socket, nbd_socket = folder / "qmp", folder / "nbd"
         log = folder / "daemon.log"
         for path in (qmp_socket, nbd_socket):
             path.unlink(missing_ok=True)
         command = [
-            *(str(Path(sys.executable).with_name("livedisk")), "daemon"),
-            *("--blockdev", f"driver=qcow2,node-name={node},file.driver=file,file.filename={top}"),
-            *("--device", f"virtio-blk,drive={node},id=virtio0"),
-            *("--nbd-server", f"addr.type=unix,addr.path={nbd_socket}"),
+            *(LIVEDISK, "daemon", *options),
             *("-qmp", f"unix:{qmp_socket},server=on,wait=off"),
+            *("-qmp", f"unix:{qmp_socket}-2,server=on,wait=off"),
         ]
         with log.open("ab") as output:
             process = await asyncio.create_subprocess_exec(
@@ -210,7 +226,6 @@ class Daemon:
             )
         try:
             qmp = await _connected(process, qmp_socket)
-            await qmp.call("nbd-server-add", {"device": "virtio0", "name": "guest", "writable": True})
         except BaseException as error:
             await _ended(process)
             if isinstance(error, Exception):
@@ -253,6 +268,28 @@ async def _ended(process: asyncio.subprocess.Process) -> None:
     if process.returncode is None:
         process.kill()
     await process.wait()
+
+
+@contextlib.asynccontextmanager
+async def helper(log: Path, *arguments: str) -> AsyncIterator[None]:
+    """A command of ours that runs meanwhile; what it says goes to ``log``."""
+    with log.open("wb") as output:
+        process = await asyncio.create_subprocess_exec(
+            LIVEDISK, *arguments, stdin=asyncio.subprocess.DEVNULL, stdout=output, stderr=output
+        )
+    try:
+        yield
+    finally:
+        await _ended(process)
+
+
+async def _attached(socket: Path) -> NbdClient:
+    """A client of the guest's export at a socket that is about to be there. Raises `TourFailed`."""
+    for _ in range(1000):
+        with contextlib.suppress(OSError):
+            return await NbdClient.connect_unix(str(socket), "guest")
+        await asyncio.sleep(0.01)
+    raise TourFailed(f"nobody listens on {socket}")
 
 
 async def contents(nbd: NbdClient) -> AsyncIterator[tuple[int, int]]:
@@ -304,6 +341,7 @@ class Tour:
             self.screen.tell("kill -9 of the daemon, and again from the files", "yellow")
             daemon = await Daemon.start(self.run_folder, self.folder / "moved.qcow2", "again")
             await self.verify(daemon, "guest", "the disk after the kill", model)
+            await self.migrate(daemon, model)
             await daemon.quit()
         finally:
             await _ended(daemon.process)
@@ -442,6 +480,47 @@ class Tour:
         await self.ended(daemon, "mirror: caught up, and the disk went over to the copy")
         self.screen.chain[:] = ["moved"]
 
+    # -- the migration -------------------------------------------------------------------------------------------------
+    async def migrate(self, source: Daemon, model: array[int]) -> None:
+        """The client writes on, through a proxy; meanwhile its disk goes to another daemon, with one command."""
+        there = self.run_folder / "there"
+        destination = await Daemon.start_waiting(there)
+        try:
+            places = [f"nbd+unix:///guest?socket={folder / 'nbd'}" for folder in (self.run_folder, there)]
+            door = self.run_folder / "door"
+            async with helper(self.run_folder / "proxy.log", "proxy", "--socket", str(door), *places):
+                nbd = await _attached(door)
+                try:
+                    client = Client(nbd, depth=16, seed=3, model=model)
+                    async with asyncio.TaskGroup() as group:
+                        group.create_task(client.run())
+                        figures = group.create_task(self.show_figures(client))
+                        self.screen.tell("the client writes a third time, and its disk goes to another daemon")
+                        await self.hand_over(there)
+                        client.stop()
+                        figures.cancel()
+                finally:
+                    nbd.abort()
+            self.screen.chain[:] = ["migrated"]
+            destination = Daemon(destination.process, destination.qmp, str(there / "nbd"))
+            await self.verify(destination, "guest", "the disk on the other daemon", client.model)
+            await destination.quit()
+        finally:
+            await _ended(destination.process)
+
+    async def hand_over(self, there: Path) -> None:
+        """``livedisk migrate``. Raises `TourFailed` with what it printed if it fails."""
+        (self.folder / "there").mkdir(exist_ok=True)
+        command = ["migrate", "--from", f"{self.run_folder / 'qmp'}-2", "--to", f"{there / 'qmp'}-2"]
+        command += ["--target", str(self.folder / "there"), "--nbd", f"unix:{there / 'nbd'}"]
+        process = await asyncio.create_subprocess_exec(
+            LIVEDISK, *command, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT
+        )
+        printed = (await process.communicate())[0].decode()
+        if process.returncode:
+            raise TourFailed(f"livedisk migrate ended with exit code {process.returncode}: {printed}")
+        self.screen.tell(f"livedisk migrate: {printed.strip().splitlines()[-1]}", "cyan")
+
     async def open_target(self, daemon: Daemon, name: str) -> None:
         path = self.folder / f"{name}.qcow2"
         await create_file(str(path), CreateOptions(size=self.size))
@@ -504,10 +583,10 @@ def main(seconds: float, snapshots: int, size: int, keep: Path | None) -> None:
         if failure is not None:
             console.print(f"FAILED: {failure}", style="bold red")
             raise SystemExit(1)
-    told = f"Nothing was lost: {snapshots} live snapshots and four jobs under load, one kill -9, every byte verified."
+    told = f"Nothing was lost: {snapshots} snapshots, four jobs and a migration under load, one kill -9, every byte verified."
     console.print(told, style="bold green")
     console.print(
-        "Next: livedisk serve --help, daemon --help, qmp --help, jobs --help, graph --help (in .quickstart/bin)."
+        "Next: livedisk --help lists the commands, and each has a --help of its own (in .quickstart/bin)."
     )
 
 
