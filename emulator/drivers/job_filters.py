@@ -94,7 +94,8 @@ class Mirror(Protocol):
         """Likewise."""
 
     async def discard(self, offset: int, length: int) -> None:
-        """Likewise."""
+        """The source took this discard, or did something else of which only it can tell the outcome: a write that failed, and
+        may have been made in part. What it holds there now is to be copied."""
 
     async def enter(self, offset: int, length: int) -> None:
         """Have the range for oneself."""
@@ -127,6 +128,9 @@ class MirrorTop(JobFilter):
         try:
             await super().write(offset, data)
             await mirror.write(offset, data)
+        except BaseException:
+            await mirror.discard(offset, len(data))
+            raise
         finally:
             mirror.leave(offset, len(data))
 
@@ -139,6 +143,9 @@ class MirrorTop(JobFilter):
         try:
             await super().write_zeroes(offset, length, flags)
             await mirror.write_zeroes(offset, length, flags)
+        except BaseException:
+            await mirror.discard(offset, length)
+            raise
         finally:
             mirror.leave(offset, length)
 
@@ -150,9 +157,21 @@ class MirrorTop(JobFilter):
         await mirror.enter(offset, length)
         try:
             await super().discard(offset, length)
-            await mirror.discard(offset, length)
         finally:
+            await mirror.discard(offset, length)
             mirror.leave(offset, length)
+
+    async def write_compressed(self, offset: int, data: memoryview) -> None:
+        mirror = self.mirror
+        if mirror is None:
+            await super().write_compressed(offset, data)
+            return
+        await mirror.enter(offset, len(data))
+        try:
+            await super().write_compressed(offset, data)
+        finally:
+            await mirror.discard(offset, len(data))
+            mirror.leave(offset, len(data))
 
 
 register(CommitTop)
