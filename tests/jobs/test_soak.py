@@ -353,7 +353,7 @@ class Soak(Clients):
             await self.command("blockdev-del", node_name=target)
         path = self.disk.path(target)
         data = await asyncio.to_thread(read_all, path, self.disk.folder, "-U")  # it may stand on an image of ours
-        await asyncio.to_thread(check, path)
+        await asyncio.to_thread(run, ["qemu-img", "check", "-U", "-f", "qcow2", path])
         self.history.judge(seen, data, f"{self.doing}: the target")
         self.count("copy checked")
 
