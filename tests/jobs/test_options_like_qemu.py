@@ -19,6 +19,7 @@ from kit.qemu import create, qemu_img, qemu_io
 from kit.script import Script, compare
 
 MEANT: Final[dict[str, str]] = {
+    r"dirty-bitmaps\[1\].count": "a backup's filter counts what the job copied as kept, QEMU's what it kept itself",
     r"(both required|unshared) by an unnamed block device": "a conflict names the job that it is with",
     r"theirs .Node \w is in use": "what may not be deleted because of a job names the kind of job",
     r"dirty-bitmaps: theirs .*persistent.*, ours ..absent": "a mirror's dirty map is no bitmap of the filter here",
@@ -353,6 +354,152 @@ $ rm e.qcow2
 (QEMU) block-commit device=D job-id=j base=""
 (QEMU) block-commit device=D job-id=j on-error=ignore base-node=D
 (QEMU) block-commit
+""",
+    "backup with every option": """
+(QEMU) blockdev-backup device=D job-id=j target=T sync=full speed=0 on-source-error=stop on-target-error=enospc compress=true filter-node-name=F auto-finalize=false auto-dismiss=false x-perf={"max-workers":4,"max-chunk":65536,"use-copy-range":true} discard-source=false
+(event) BLOCK_JOB_PENDING id=j
+(look)
+(QEMU) job-finalize id=j
+(event) JOB_STATUS_CHANGE id=j status=concluded
+(QEMU) query-jobs
+(QEMU) query-block-jobs
+(QEMU) job-dismiss id=j
+(look)
+""",
+    "backup refused": """
+(QEMU) blockdev-backup device=D job-id=j target=D sync=full
+(QEMU) blockdev-backup device=D job-id=j target=S sync=full
+(QEMU) blockdev-backup device=D job-id=j target=x sync=full
+(QEMU) blockdev-backup device=x job-id=j target=T sync=full
+(QEMU) blockdev-backup device=D job-id=j target=T sync=bitmap
+(QEMU) blockdev-backup device=D job-id=j target=T sync=bitmap bitmap=b
+(QEMU) blockdev-backup device=D job-id=j target=T sync=incremental
+(QEMU) blockdev-backup device=D job-id=j target=T sync=incremental bitmap=b
+(QEMU) blockdev-backup device=D job-id=j target=T sync=incremental bitmap=b bitmap-mode=always
+(QEMU) blockdev-backup device=D job-id=j target=T sync=full bitmap=b
+(QEMU) blockdev-backup device=D job-id=j target=T sync=full bitmap-mode=always
+(QEMU) blockdev-backup device=D job-id=j target=T sync=none bitmap=b bitmap-mode=always
+(QEMU) blockdev-backup device=D job-id=j target=R sync=full compress=true
+(QEMU) blockdev-backup device=D job-id=j target=T sync=full speed=-1
+(QEMU) blockdev-backup device=D job-id=j target=T sync=full filter-node-name=A
+(QEMU) blockdev-backup device=D job-id=j target=T sync=full filter-node-name=9
+(QEMU) blockdev-backup device=D job-id=9 target=T sync=full
+(QEMU) blockdev-backup device=D target=T sync=full
+(QEMU) blockdev-backup device=D job-id=j target=T
+(QEMU) blockdev-backup device=D job-id=j target=T sync=foo
+(QEMU) blockdev-backup device=D job-id=j target=T sync=full x-perf={"max-workers":0}
+(QEMU) blockdev-backup device=D job-id=j target=T sync=full x-perf={"max-chunk":-1}
+(QEMU) blockdev-backup device=D job-id=j target=T sync=full x-perf={"max-chunk":1000}
+(QEMU) blockdev-backup device=D job-id=j target=T sync=full x-perf={"min-cluster-size":1000}
+(QEMU) blockdev-backup device=T job-id=j target=D sync=full
+(QEMU) blockdev-backup device=D job-id=j target=C sync=full
+(QEMU) drive-backup device=D job-id=j target=e.qcow2 sync=full format=foo
+(QEMU) drive-backup device=D job-id=j target=e.raw sync=top format=raw
+(QEMU) drive-backup device=D job-id=j target=none/e.qcow2 sync=full
+(QEMU) drive-backup device=D job-id=j target=none.qcow2 sync=full mode=existing format=qcow2
+(QEMU) drive-backup device=D job-id=j target=d.qcow2 sync=full mode=existing format=qcow2
+(QEMU) drive-backup device=x job-id=j target=e.qcow2 sync=full
+(QEMU) drive-backup device=D job-id=j target=e.qcow2 sync=full node-name=E
+(look)
+$ rm -f e.qcow2
+""",
+    "backup while it runs": """
+(QEMU) blockdev-backup device=D job-id=j target=T sync=full speed=1 filter-node-name=F
+(QEMU) blockdev-del node-name=F
+(QEMU) blockdev-del node-name=T
+(QEMU) blockdev-del node-name=D
+(QEMU) block-stream device=D job-id=k
+(QEMU) block-commit device=D job-id=k
+(QEMU) block-commit device=F job-id=k
+(QEMU) blockdev-mirror device=D job-id=k target=R sync=full
+(QEMU) blockdev-mirror device=F job-id=k target=R sync=full
+(QEMU) blockdev-backup device=D job-id=k target=T sync=full
+(QEMU) blockdev-backup device=F job-id=j target=R sync=full
+(QEMU) blockdev-backup device=C job-id=j target=R sync=full
+(QEMU) blockdev-snapshot node=D overlay=R
+(QEMU) block_resize node-name=D size=16777216
+(QEMU) block_resize node-name=T size=16777216
+(QEMU) job-complete id=j
+(QEMU) job-finalize id=j
+(QEMU) block-job-change id=j type=mirror copy-mode=background
+(QEMU) block-job-pause device=j
+(event) JOB_STATUS_CHANGE id=j status=paused
+(look)
+(QEMU) block-job-cancel device=j
+(QEMU) block-job-resume device=j
+(QEMU) block-job-cancel device=j
+(event) BLOCK_JOB_CANCELLED device=j
+(look)
+""",
+    "backup of an inner node, and none": """
+(QEMU) blockdev-backup device=B job-id=j target=T sync=full
+(event) BLOCK_JOB_COMPLETED device=j
+(QEMU) blockdev-backup device=D job-id=k target=T sync=none
+(QEMU) query-block-jobs
+(QEMU) job-pause id=k
+(event) JOB_STATUS_CHANGE id=k status=paused
+(QEMU) job-resume id=k
+(event) JOB_STATUS_CHANGE id=k status=running
+(QEMU) job-cancel id=k
+(event) JOB_STATUS_CHANGE id=k status="null"
+(look)
+""",
+    "transactions": """
+(QEMU) transaction actions=[{"type":"blockdev-backup","data":{"device":"D","target":"T","sync":"full","job-id":"j"}},{"type":"abort","data":{}}]
+(QEMU) transaction actions=[{"type":"blockdev-backup","data":{"device":"D","target":"T","sync":"full","job-id":"j"}},{"type":"blockdev-backup","data":{"device":"D","target":"S","sync":"full","job-id":"k"}}]
+(QEMU) transaction actions=[{"type":"blockdev-backup","data":{"device":"D","target":"T","sync":"full","job-id":"j"}},{"type":"blockdev-backup","data":{"device":"C","target":"R","sync":"full","job-id":"j"}}]
+(QEMU) transaction actions=[{"type":"drive-backup","data":{"device":"D","target":"e.qcow2","sync":"full","job-id":"j"}},{"type":"blockdev-snapshot-sync","data":{"node-name":"x","snapshot-file":"f.qcow2"}}]
+(QEMU) transaction actions=[{"type":"blockdev-backup","data":{"device":"D","target":"T","sync":"full","job-id":"j"}},{"type":"blockdev-snapshot-sync","data":{"node-name":"D","snapshot-file":"f.qcow2"}}] properties={"completion-mode":"grouped"}
+(look)
+$ rm -f e.qcow2 f.qcow2
+""",
+    "grouped, both succeed": """
+(QEMU) transaction actions=[{"type":"blockdev-backup","data":{"device":"D","target":"T","sync":"full","job-id":"j","auto-finalize":false}},{"type":"blockdev-backup","data":{"device":"U","target":"R","sync":"full","job-id":"k"}}] properties={"completion-mode":"grouped"}
+(event) JOB_STATUS_CHANGE id=k status=pending
+(event) BLOCK_JOB_PENDING id=j
+(QEMU) query-jobs
+(QEMU) job-finalize id=j
+(event) BLOCK_JOB_COMPLETED device=j
+(event) BLOCK_JOB_COMPLETED device=k
+(look)
+""",
+    "grouped, one cancelled": """
+(QEMU) transaction actions=[{"type":"blockdev-backup","data":{"device":"D","target":"T","sync":"full","job-id":"j","speed":1}},{"type":"blockdev-backup","data":{"device":"U","target":"R","sync":"full","job-id":"k","auto-dismiss":false}}] properties={"completion-mode":"grouped"}
+(event) JOB_STATUS_CHANGE id=k status=waiting
+(QEMU) job-pause id=k
+(QEMU) job-finalize id=k
+(QEMU) job-cancel id=j
+(event) BLOCK_JOB_CANCELLED device=j
+(event) JOB_STATUS_CHANGE id=k status=concluded
+(QEMU) query-jobs
+(QEMU) job-dismiss id=k
+(look)
+""",
+    "grouped, the waiting one cancelled": """
+(QEMU) transaction actions=[{"type":"blockdev-backup","data":{"device":"D","target":"T","sync":"full","job-id":"j","speed":1}},{"type":"blockdev-backup","data":{"device":"U","target":"R","sync":"full","job-id":"k"}}] properties={"completion-mode":"grouped"}
+(event) JOB_STATUS_CHANGE id=k status=waiting
+(QEMU) job-cancel id=k
+(event) BLOCK_JOB_CANCELLED device=j
+(event) BLOCK_JOB_CANCELLED device=k
+(look)
+""",
+    "individual, one cancelled": """
+(QEMU) transaction actions=[{"type":"blockdev-backup","data":{"device":"D","target":"T","sync":"full","job-id":"j","speed":1}},{"type":"blockdev-backup","data":{"device":"U","target":"R","sync":"full","job-id":"k"}}]
+(event) BLOCK_JOB_COMPLETED device=k
+(QEMU) job-cancel id=j
+(event) BLOCK_JOB_CANCELLED device=j
+(look)
+""",
+    "snapshots with jobs": """
+(QEMU) block-stream device=C job-id=j base-node=A speed=1
+(QEMU) blockdev-snapshot-sync node-name=D snapshot-file=e.qcow2 snapshot-node-name=E
+(look)
+(QEMU) block-commit device=E top-node=D base-node=C job-id=k
+(QEMU) block-job-set-speed device=j speed=0
+(event) BLOCK_JOB_COMPLETED device=j
+(QEMU) block-stream device=E job-id=s base-node=C
+(event) BLOCK_JOB_COMPLETED device=s
+(look)
 """,
 }
 
