@@ -408,7 +408,8 @@ $ rm -f e.qcow2
 (QEMU) blockdev-del node-name=F
 (QEMU) blockdev-del node-name=T
 (QEMU) blockdev-del node-name=D
-(QEMU) block-stream device=D job-id=k
+(QEMU) block-stream device=D job-id=s
+(event) BLOCK_JOB_COMPLETED device=s
 (QEMU) block-commit device=D job-id=k
 (QEMU) block-commit device=F job-id=k
 (QEMU) blockdev-mirror device=D job-id=k target=R sync=full
