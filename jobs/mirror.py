@@ -56,6 +56,7 @@ if TYPE_CHECKING:
 
 IDLE_LOOK: Final = 0.05
 """Seconds between two looks at the dirty map of a mirror that has caught up."""
+_WRITES: Final = Perm.WRITE | Perm.WRITE_UNCHANGED
 RETRY_AFTER: Final = 0.1
 """Seconds before a copy that failed, and whose error is ignored, is tried again."""
 
@@ -478,6 +479,15 @@ class MirrorJob(BlockJob):
             else:
                 await self.graph.release(inserted)
         await self.let_go()
+        await self._freeze_source()
+
+    async def _freeze_source(self) -> None:
+        """If the target stands on the source now, that is an image below like those that a snapshot leaves: nobody writes to it,
+        and others may read it."""
+        source = self._source
+        below = any(edge.role & Role.COW for edge in source.parents)
+        if self._moved and self._plan.nothing and below and not source.read_only and not source.perm & _WRITES:
+            await set_read_only(self.graph, source, True)
 
 
 class ActiveCommit(MirrorJob):

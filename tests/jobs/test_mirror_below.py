@@ -38,5 +38,9 @@ def test_a_write_to_a_part_of_a_cluster_hides_nothing(sync: str, mode: str, shor
             expected[3000320:3000832] = bytes(512)
             qmp.execute("job-complete", id="j")
             assert "error" not in qmp.wait_event("BLOCK_JOB_COMPLETED")
+            qmp.wait_event("JOB_STATUS_CHANGE", lambda data: data["status"] == "null")
+            nodes = {node["node-name"]: node["ro"] for node in qmp.execute("query-named-block-nodes", flat=True)}
+            assert not nodes["t"]
+            assert nodes["n"] is (sync == "none")  # an image below; QEMU leaves it writable
         daemon.stop()
     assert read_all(short_path / "t", tmp_path) == expected
