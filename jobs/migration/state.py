@@ -191,6 +191,11 @@ class Arrival:
             await self._daemon.exports.delete(ident, RemoveMode.HARD)
         for disk in self._hello.disks:
             await self._take_device(disk)
+        told = {disk.path for disk in self._hello.disks}
+        for device in self._daemon.devices:
+            if device.path not in told:
+                self._undo.append(_withdrawal(device))
+                device.claim()
         for state in self._devices:
             self._daemon.devices.get(state.path).set_write_cache(state.write_cache)
         for bitmap, data in self._bitmaps:

@@ -51,6 +51,11 @@ class Move:
         proxy.wait_for_socket(path)
         return f"nbd+unix:///{name}?socket={path}"
 
+    def proxy_socket(self, name: str) -> Path:
+        """The socket of a proxy for a disk's export."""
+        self.proxy(name)
+        return self.folder / f"{name}.sock"
+
     def writer(self, name: str, *, seed: int = 1, pause: float = 0.002) -> Writer:
         """A guest that writes without pause, through a proxy."""
         return Writer(self.proxy(name), self.size, self.folder, seed=seed, pause=pause, name=f"{name}.writer")

@@ -571,3 +571,31 @@ def test_migration_over_tls(short_path: Path, tmp_path: Path) -> None:
             source.execute("migrate", uri=uri)
             assert ended(source)["status"] == outcome, ended(source)
         assert status(there) == "running"
+
+
+def test_until_the_guest_comes_its_disks_are_others_to_fill(short_path: Path) -> None:
+    """A destination as QEMU's page starts it: the device is there, and so is a writable export of its node."""
+    image = create(short_path / "d.qcow2", SIZE)
+    node = f"driver=qcow2,node-name=d,file.driver=file,file.filename={image}"
+    disk = ("--blockdev", node, "--device", "virtio-blk,drive=d,id=virtio0")
+    with Daemon(short_path, *disk, "-incoming", "defer", "-S") as daemon, daemon.qmp() as qmp:
+        qmp.call("nbd-server-add", {"device": "d", "writable": True})
+        qemu_io(daemon.uri("d"), "write -P 1 0 64k", format="raw")
+        with speaking(listening(qmp, short_path)) as end:
+            end.send(hello(disks=[]), Switch([]))
+            assert end.receive() == Welcome()
+            refusal = end.receive()
+            assert isinstance(refusal, Refusal)
+            assert "Permission conflict on node 'd'" in refusal.reason
+        assert ended(qmp)["status"] == "failed"
+        qemu_io(daemon.uri("d"), "write -P 1 0 64k", format="raw")
+        with speaking(listening(qmp, short_path)) as end:
+            end.send(hello(disks=[]), Switch(["d"]))
+            assert end.receive() == Welcome()
+            assert end.receive() == Activated()
+            end.send(Go(running=True))
+            assert end.receive() == Running()
+        # -S: it waits for cont.
+        assert status(qmp) == "paused"
+        qmp.execute("cont")
+        assert status(qmp) == "running"
