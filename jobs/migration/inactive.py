@@ -7,6 +7,7 @@ up, which fails where somebody else has the lock.
 
 from __future__ import annotations
 
+import asyncio
 import logging
 
 from livedisk.emulator.block.blockers import Blocker
@@ -27,14 +28,16 @@ class Inactive:
         self._daemon = daemon
         self._devices: list[VirtioBlk] = []
         self._nodes: list[Node] = []
+        self._moving = asyncio.Lock()
 
     async def give_up(self) -> None:
         """Write everything back and unlock it. What fails is logged: the guest runs elsewhere in any case."""
-        for device in self._daemon.devices:
-            device.withdraw()
-            self._devices.append(device)
-        for device in self._devices:
-            await self._give_up(device.backend.node)
+        async with self._moving:
+            for device in self._daemon.devices:
+                device.withdraw()
+                self._devices.append(device)
+            for device in self._devices:
+                await self._give_up(device.backend.node)
 
     async def _give_up(self, node: Node) -> None:
         """This node, and those below that only it used: an export or a job that is still there keeps what it stands on."""
@@ -53,11 +56,12 @@ class Inactive:
 
     async def take_back(self) -> None:
         """Before the guest runs here again. Raises LiveDiskError or OSError where somebody else has an image."""
-        while self._nodes:
-            node = self._nodes[-1]
-            await node.driver.activate()
-            node.blockers.remove(_BLOCKER)
-            self._nodes.pop()
-        for device in self._devices:
-            device.claim()
-        self._devices.clear()
+        async with self._moving:
+            while self._nodes:
+                node = self._nodes[-1]
+                await node.driver.activate()
+                node.blockers.remove(_BLOCKER)
+                self._nodes.pop()
+            for device in self._devices:
+                device.claim()
+            self._devices.clear()

@@ -368,7 +368,8 @@ def test_an_image_that_somebody_else_has_is_not_taken_back(source: tuple[Daemon,
         assert ended(qmp)["status"] == "completed"
     given_up(qmp)
     node = f"driver=qcow2,node-name=d,file.driver=file,file.filename={short_path}/d.qcow2"
-    with Daemon(short_path, "--blockdev", node, "--device", "virtio-blk,drive=d", name="other", nbd=False):
+    other = Daemon(short_path, "--blockdev", node, "--device", "virtio-blk,drive=d", name="other", nbd=False)
+    with other, other.qmp():  # its monitor speaks when all is open
         assert "lock" in asked(qmp, "cont")
         assert status(qmp) == "postmigrate"
     qmp.execute("cont")
