@@ -44,11 +44,54 @@ MAX_NAME: Final = 1023
 """Bytes."""
 _DEFAULT_LOW: Final = 4096
 _DEFAULT_HIGH: Final = 65536
+_FEW: Final = 4096
+"""Bits up to which a loop is quick enough."""
 
 
 def zeros(length: int) -> bitarray:
     """That many clean bits, in qcow2's bit order."""
     return util.zeros(length, "little")
+
+
+def _coarser(bits: bitarray, steps: int) -> bitarray:
+    """One bit for every ``1 << steps`` bits: whether one of them is set. No loop over bits: there may be many millions."""
+    length, factor = -(-len(bits) >> steps), 1 << steps
+    if length <= _FEW:
+        return bitarray((bits.find(1, at << steps, at + 1 << steps) >= 0 for at in range(length)), "little")
+    padded = bits.copy()
+    padded.extend(zeros((length << steps) - len(bits)))
+    if steps < 3:
+        found = padded[::factor]
+        for plane in range(1, factor):
+            found |= padded[plane::factor]
+        return found
+    raw, stride = padded.tobytes(), factor // 8
+    gathered = 0
+    for plane in range(stride):
+        gathered |= int.from_bytes(raw[plane::stride], "little")
+    found = zeros(0)
+    found.pack(gathered.to_bytes(length, "little"))
+    return found
+
+
+def _finer(bits: bitarray, steps: int) -> bitarray:
+    """Every bit ``1 << steps`` times."""
+    factor = 1 << steps
+    found = zeros(len(bits) << steps)
+    if len(bits) <= _FEW:
+        for at in bits.search(1):
+            found[at << steps : at + 1 << steps] = 1
+    elif steps < 3:
+        for plane in range(factor):
+            found[plane::factor] = bits
+    else:
+        stride = factor // 8
+        raw, every = bytearray(len(bits) * stride), bits.unpack(b"\0", b"\xff")
+        for plane in range(stride):
+            raw[plane::stride] = every
+        found.clear()
+        found.frombytes(raw)
+    return found
 
 
 class DirtyBitmap:
@@ -165,15 +208,13 @@ class DirtyBitmap:
 
     def merge(self, source: DirtyBitmap) -> None:
         """Add what ``source``, of whatever granularity, says."""
-        if source.shift == self.shift:
+        steps = self.shift - source.shift
+        if steps > 0:
+            self.adopt(_coarser(source.bits, steps))
+        elif steps < 0:
+            self.adopt(_finer(source.bits, -steps))
+        else:
             self.adopt(source.bits)
-            return
-        run = source.next_run(0, self.size)
-        while run is not None:
-            end = run[0] + run[1]
-            self.mark(*run)
-            # What else lies in the granule that was marked last makes no difference.
-            run = source.next_run(-(-end >> self.shift) << self.shift, self.size)
 
     def enable(self) -> None:
         """Record writes from now on."""
@@ -268,6 +309,7 @@ class _Recorder:
     def __init__(self, node: Node, members: list[DirtyBitmap]) -> None:
         self._node = node
         self.members = members
+        self._gathered = False
         self._shift = members[0].shift
         if len(members) == 1:
             self.bits = members[0].bits
@@ -279,6 +321,7 @@ class _Recorder:
         shift = self._shift
         first = offset >> shift
         last = offset + length - 1 >> shift
+        self._gathered = True
         if first == last:
             try:
                 self.bits[first] = 1
@@ -292,6 +335,7 @@ class _Recorder:
     def _outgrown(self, offset: int, length: int) -> None:
         """A write that made the node longer (the file below an image): all its bitmaps follow, then it is recorded."""
         self._node.bitmaps.follow_size()
+        self._gathered = True  # following folds
         self.bits[offset >> self._shift : (offset + length - 1 >> self._shift) + 1] = 1
 
     def resized(self) -> None:
@@ -303,11 +347,11 @@ class _Recorder:
 
     def fold(self) -> None:
         """Let every member have what was gathered."""
-        if len(self.members) == 1 or not self.bits.any():
-            return
-        for one in self.members:
-            one._bits |= self.bits
-        self.bits.setall(0)
+        if self._gathered and len(self.members) > 1:
+            self._gathered = False
+            for one in self.members:
+                one._bits |= self.bits
+            self.bits.setall(0)
 
 
 class Undo:

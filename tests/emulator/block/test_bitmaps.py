@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import random
 from typing import Any, cast
 
 import pytest
@@ -272,3 +273,22 @@ def test_read_only_and_inconsistent_ones_are_refused() -> None:
     bitmap.successor = bitmap
     with pytest.raises(BlockError, match="already has one"):
         bitmap.freeze()
+
+
+@pytest.mark.parametrize("number", [1, 7, 5000, 70_001])
+@pytest.mark.parametrize("steps", [1, 2, 3, 4, 7, 13])
+def test_merging_across_granularities(number: int, steps: int) -> None:
+    """Many bits and few take different ways."""
+    node = FakeNode()
+    node.size = number * 512 << steps
+    fine, coarse = node.bitmaps.create(512, "f"), node.bitmaps.create(512 << steps, "c")
+    chance = random.Random(number + steps)
+    places = {chance.randrange(node.size // 512) for _ in range(300)}
+    for place in places:
+        fine.mark(place * 512, 512)
+    coarse.merge(fine)
+    assert set(coarse.bits.search(1)) == {place >> steps for place in places}
+    again = node.bitmaps.create(512, "g")
+    again.merge(coarse)
+    assert again.count == coarse.count
+    assert [*again.runs()] == [*coarse.runs()]
