@@ -30,6 +30,7 @@ from file to file), and what the filter takes for guests' writes: 40 MiB. Source
 from __future__ import annotations
 
 import enum
+import logging
 from dataclasses import dataclass
 from typing import Final
 
@@ -49,6 +50,8 @@ from livedisk.jobs.copy import OPERATION, PIECE, STEP, ZERO_STEP, CopyFailed, La
 from livedisk.jobs.filters import open_filter, put_on, remove_filter, skip_filters, under
 from livedisk.jobs.mirror import Sync
 from livedisk.jobs.states import JobType, Status
+
+log = logging.getLogger(__name__)
 
 LIMITED_STEP: Final = 1 << 20
 """Bytes a piece under a speed limit (QEMU's BLOCK_COPY_MAX_BUFFER)."""
@@ -333,9 +336,19 @@ class BackupJob(BlockJob):
 
     async def commit(self) -> None:
         self._end_bitmap(succeeded=True)
+        await self._store_bitmap()
 
     async def abort(self) -> None:
         self._end_bitmap(succeeded=False)
+        await self._store_bitmap()
+
+    async def _store_bitmap(self) -> None:
+        """Let the image know what has become of a persistent bitmap. Until then, it says more than it must."""
+        if self._plan.bitmap is not None:
+            try:
+                await self._plan.bitmap.node.driver.sync_bitmaps()
+            except (OSError, BlockError) as error:
+                log.warning("job '%s': its bitmap could not be stored: %s", self.id, error)
 
     def _end_bitmap(self, *, succeeded: bool | None) -> None:
         """Let the bitmap be what its mode says. None: the job never was."""

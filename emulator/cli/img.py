@@ -25,11 +25,11 @@ if TYPE_CHECKING:
     from livedisk.emulator.drivers.qcow2.check import CheckResult
     from livedisk.emulator.drivers.qcow2.create import CreateOptions
 
-_SETTINGS: dict[str, Any] = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
+SETTINGS: dict[str, Any] = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 _OUTPUT = click.option(
     "--output", type=click.Choice(["human", "json"]), default="human", show_default=True, help="For people or programs."
 )
-_IMAGE = click.argument("image", type=click.Path())
+IMAGE = click.argument("image", type=click.Path())
 
 CHECK_HELP = """Check the qcow2 image IMAGE, which must not be in use, and repair it if asked to.
 
@@ -45,12 +45,12 @@ Exit status (qemu-img's):
 """
 
 
-@click.group("img", context_settings=_SETTINGS)
+@click.group("img", context_settings=SETTINGS)
 def img() -> None:
     """Make, check, repair and look at qcow2 images. Options, JSON and exit codes are qemu-img's."""
 
 
-def _run(work: Callable[[], Coroutine[Any, Any, int]]) -> None:
+def run_to_end(work: Callable[[], Coroutine[Any, Any, int]]) -> None:
     """Run a command's work; errors go to standard error."""
     try:
         code = asyncio.run(work())
@@ -86,7 +86,7 @@ _LEGACY = {
 _VERSIONS = {"0.10": "v2", "1.1": "v3"}
 
 
-@img.command("create", context_settings=_SETTINGS)
+@img.command("create", context_settings=SETTINGS)
 @click.option(
     "-f",
     "fmt",
@@ -99,7 +99,7 @@ _VERSIONS = {"0.10": "v2", "1.1": "v3"}
 @click.option("-b", "backing", metavar="FILE", help="The backing file.")
 @click.option("-F", "backing_fmt", metavar="FORMAT", help="The backing file's format; needed with -b.")
 @click.option("-q", "quiet", is_flag=True, help="Print nothing.")
-@_IMAGE
+@IMAGE
 @click.argument("size", required=False)
 def create_command(
     words: tuple[str, ...], backing: str | None, backing_fmt: str | None, quiet: bool, image: str, size: str | None
@@ -128,7 +128,7 @@ def create_command(
             click.echo(f"Formatting '{image}', fmt=qcow2 {_described(options)}")
         return 0
 
-    _run(work)
+    run_to_end(work)
 
 
 def _creation_words(words: tuple[str, ...]) -> dict[str, str]:
@@ -192,7 +192,7 @@ async def _creation_options(given: dict[str, str], image: str) -> CreateOptions:
 
 async def _backing_size(image: str, backing: str, fmt: str) -> int:
     path = os.path.join(os.path.dirname(image), backing)
-    async with _opened(path, fmt) as node:
+    async with opened(path, fmt) as node:
         return node.size
 
 
@@ -209,7 +209,7 @@ def _on_off(value: Any) -> str:
 
 # -- opening -----------------------------------------------------------------------------------------------------------
 @asynccontextmanager
-async def _opened(path: str, fmt: str, *, writable: bool = False, force_share: bool = False) -> AsyncIterator[Node]:
+async def opened(path: str, fmt: str, *, writable: bool = False, force_share: bool = False) -> AsyncIterator[Node]:
     """The image open in a graph of its own; ``fmt`` "file" is the file itself."""
     from livedisk.emulator.block.backend import BlockBackend
     from livedisk.emulator.block.permissions import Perm
@@ -237,13 +237,13 @@ async def _opened(path: str, fmt: str, *, writable: bool = False, force_share: b
 
 
 # -- check -------------------------------------------------------------------------------------------------------------
-@img.command("check", help=CHECK_HELP, context_settings=_SETTINGS)
+@img.command("check", help=CHECK_HELP, context_settings=SETTINGS)
 @click.option("-f", "fmt", metavar="FORMAT", default="qcow2", help="The image's format; only qcow2 can be checked.")
 @click.option("-r", "repair_what", type=click.Choice(["leaks", "all"]), help="Repair leaks, or all errors.")
 @click.option("-q", "quiet", is_flag=True, help="Print nothing but errors.")
 @click.option("-U", "--force-share", is_flag=True, help="Check although a writer has the image open.")
 @_OUTPUT
-@_IMAGE
+@IMAGE
 def check_command(fmt: str, repair_what: str | None, quiet: bool, force_share: bool, output: str, image: str) -> None:
     if fmt != "qcow2":
         click.echo("livedisk img: This image format does not support checks", err=True)
@@ -251,7 +251,7 @@ def check_command(fmt: str, repair_what: str | None, quiet: bool, force_share: b
     if force_share and repair_what:
         raise click.UsageError("-U shares the image with a writer, -r writes to it: choose one")
     report = (lambda _: None) if quiet or output == "json" else click.echo
-    _run(lambda: _check(image, repair_what, report, quiet=quiet, as_json=output == "json", force_share=force_share))
+    run_to_end(lambda: _check(image, repair_what, report, quiet=quiet, as_json=output == "json", force_share=force_share))
 
 
 async def _check(
@@ -266,7 +266,7 @@ async def _check(
     from livedisk.emulator.drivers.qcow2.check import CheckFailed, check
     from livedisk.emulator.drivers.qcow2.repair import Fix, repair
 
-    async with _opened(image, "file", writable=repair_what is not None, force_share=force_share) as node:
+    async with opened(image, "file", writable=repair_what is not None, force_share=force_share) as node:
         try:
             if repair_what is None:
                 result = await check(node, report)
@@ -319,12 +319,12 @@ def _print_json(value: Any) -> None:
 
 
 # -- info --------------------------------------------------------------------------------------------------------------
-@img.command("info", context_settings=_SETTINGS)
+@img.command("info", context_settings=SETTINGS)
 @click.option("-f", "fmt", metavar="FORMAT", help="The image's format; what its header says if not given.")
 @click.option("-U", "--force-share", is_flag=True, help="Look although a writer has the image open.")
 @click.option("--backing-chain", is_flag=True, help="Also all backing files, from the top down.")
 @_OUTPUT
-@_IMAGE
+@IMAGE
 def info_command(fmt: str | None, force_share: bool, backing_chain: bool, output: str, image: str) -> None:
     """Say what IMAGE is."""
 
@@ -333,7 +333,7 @@ def info_command(fmt: str | None, force_share: bool, backing_chain: bool, output
         from livedisk.emulator.qmp.query_block import node_info
 
         found: list[dict[str, Any]] = []
-        async with _opened(image, fmt or choose_format(image), force_share=force_share) as top:
+        async with opened(image, fmt or choose_format(image), force_share=force_share) as top:
             node: Node | None = top
             while node is not None:
                 found.append(msgspec.to_builtins((await node_info(node, deep=False)).image))
@@ -344,7 +344,7 @@ def info_command(fmt: str | None, force_share: bool, backing_chain: bool, output
             click.echo("\n\n".join(_described_info(info) for info in found))
         return 0
 
-    _run(work)
+    run_to_end(work)
 
 
 def _described_info(info: dict[str, Any]) -> str:
@@ -370,8 +370,21 @@ def _described_info(info: dict[str, Any]) -> str:
     data = info.get("format-specific", {}).get("data", {})
     if data:
         lines.append("Format specific information:")
-        lines += [f"    {name.replace('-', ' ')}: {_word(value)}" for name, value in data.items()]
+        lines += _members(data, "    ")
     return "\n".join(lines)
+
+
+def _members(data: dict[str, Any] | list[Any], indent: str) -> list[str]:
+    """A value that has parts, a line each, as qemu-img lays them out."""
+    lines: list[str] = []
+    named = data.items() if isinstance(data, dict) else ((f"[{index}]", value) for index, value in enumerate(data))
+    for name, value in named:
+        title = indent + name.replace("-", " ") + ":"
+        if isinstance(value, dict | list):
+            lines += [title, *_members(value, indent + "    ")]
+        else:
+            lines.append(f"{title} {_word(value)}")
+    return lines
 
 
 def _word(value: Any) -> str:
@@ -392,18 +405,18 @@ class _Extent:
     filename: str | None = None
 
 
-@img.command("map", context_settings=_SETTINGS)
+@img.command("map", context_settings=SETTINGS)
 @click.option("-f", "fmt", metavar="FORMAT", help="The image's format; what its header says if not given.")
 @click.option("-U", "--force-share", is_flag=True, help="Look although a writer has the image open.")
 @_OUTPUT
-@_IMAGE
+@IMAGE
 def map_command(fmt: str | None, force_share: bool, output: str, image: str) -> None:
     """Say where each part of IMAGE stands: in which image of the chain, and at which offset."""
 
     async def work() -> int:
         from livedisk.emulator.cli.serve import choose_format
 
-        async with _opened(image, fmt or choose_format(image), force_share=force_share) as node:
+        async with opened(image, fmt or choose_format(image), force_share=force_share) as node:
             extents = [found async for found in _extents(node)]
         if output == "json":
             rows = [_map_entry(start, length, extent) for start, length, extent in extents]
@@ -417,7 +430,7 @@ def map_command(fmt: str | None, force_share: bool, output: str, image: str) -> 
                 click.echo(f"{start:<#16x}{length:<#16x}{extent.offset or 0:<#16x}{extent.filename}")
         return 0
 
-    _run(work)
+    run_to_end(work)
 
 
 def _map_entry(start: int, length: int, extent: _Extent) -> str:
@@ -470,3 +483,9 @@ async def _extent(node: Node, offset: int, length: int) -> tuple[int, _Extent]:
         offset=status.offset if placed else None,
         filename=status.file.driver.filename if placed and status.file is not None else None,
     )
+
+
+# Here, because it needs what stands above.
+from livedisk.emulator.cli import img_bitmap  # noqa: E402
+
+__all__ = ["IMAGE", "SETTINGS", "img", "img_bitmap", "opened", "run_to_end"]

@@ -302,16 +302,9 @@ class PersistentBitmaps:
         guard.setall(0)
         bitmaps = self._bitmaps()
         for stored in self._tracked():
-            bitmap = bitmaps.get(stored.name)
-            if bitmap is None:
-                continue
-            exact = _content(bitmap)
-            wanted = stored.disk.copy()
-            for first, end in _runs(cold):
-                low, high = self._bits(stored, first, end)
-                wanted[low:high] = exact[low:high]
-            self._set_regions(stored, wanted)
-            await stored.put(wanted)
+            # Not only cold regions: also what a job's end or an undone command left on the disk.
+            if stored.name in bitmaps:
+                await stored.put(self._wanted(stored, bitmaps[stored.name]))
         await self._put_tables()
 
     # -- the whole of it ---------------------------------------------------------------------------------------------

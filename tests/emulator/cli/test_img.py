@@ -114,3 +114,53 @@ def test_an_image_in_use_is_not_checked(tmp_path: Path) -> None:
     assert done.returncode == 1
     assert "lock" in done.stderr
     assert shared.returncode == 0
+
+
+def test_bitmaps_are_made_and_shown_as_by_qemu_img(tmp_path: Path) -> None:
+    ours, theirs = tmp_path / "ours.qcow2", tmp_path / "theirs.qcow2"
+    for path, run in ((ours, img), (theirs, qemu_img)):
+        img("create", "-q", path, "8M")
+        img("create", "-q", f"{path}.other", "8M")
+        run("bitmap", "--add", "-g", "4096", f"{path}.other", "far")
+        run("bitmap", "--add", path, "one")
+        run("bitmap", "--add", "--disable", "-g", "4096", path, "two words")
+        run("bitmap", "--merge", "one", "--enable", path, "two words")
+        run("bitmap", "--merge", "far", "-b", f"{path}.other", "-F", "qcow2", path, "one")
+        run("bitmap", "--add", path, "gone")
+        run("bitmap", "--clear", "--remove", path, "gone")
+    shown = [json.loads(qemu_img("info", "--output=json", path))["format-specific"] for path in (ours, theirs)]
+    assert shown[0] == shown[1]
+    assert [one["name"] for one in shown[0]["data"]["bitmaps"]] == ["one", "two words"]
+    assert as_json("info", "--output=json", ours)["format-specific"] == shown[0]
+    people = img("info", ours).stdout
+    assert people.rstrip("\n") in qemu_img("info", ours)
+    assert as_json("check", "--output=json", ours) == json.loads(qemu_img("check", "--output=json", ours))
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("--add", "IMAGE", "there"),
+        ("--remove", "IMAGE", "z"),
+        ("--clear", "IMAGE", "z"),
+        ("--merge", "z", "IMAGE", "there"),
+        ("--merge", "far", "-b", "OTHER", "IMAGE", "there"),
+        ("--add", "-g", "1000", "IMAGE", "x"),
+        ("IMAGE", "there"),
+        ("--clear", "-g", "512", "IMAGE", "there"),
+        ("--clear", "-b", "OTHER", "IMAGE", "there"),
+    ],
+)
+def test_bitmaps_are_refused_as_by_qemu_img(arguments: tuple[str, ...], tmp_path: Path) -> None:
+    path, other = tmp_path / "image.qcow2", tmp_path / "other.qcow2"
+    for each, size, name in ((path, "8M", "there"), (other, "4M", "far")):
+        img("create", "-q", each, size)
+        qemu_img("bitmap", "--add", each, name)
+    before = path.read_bytes()
+    words = [{"IMAGE": str(path), "OTHER": str(other)}.get(word, word) for word in arguments]
+    done = img("bitmap", *words)
+    assert done.returncode in (1, 2)
+    assert path.read_bytes() == before
+    theirs = subprocess.run(["qemu-img", "bitmap", *words], capture_output=True, text=True, check=False)
+    reason = theirs.stderr.strip().splitlines()[0].removeprefix("qemu-img: ")
+    assert reason in done.stderr
