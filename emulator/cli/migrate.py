@@ -133,6 +133,7 @@ async def _run(order: Order) -> int:
         click.echo("livedisk migrate: interrupted: the guest is on the source, as before", err=True)
     except LiveDiskError as error:
         click.echo(f"livedisk migrate: {error}", err=True)
+        return 3 if isinstance(error, _Unclear) else 1
     return 1
 
 
@@ -213,6 +214,24 @@ class _Migration:
             await follower.until_close(lambda: screen.draw(list(follower.lines())), screen.interval)
         return uri
 
+    async def _take_back(self, source: End, destination: End, state: dict[str, Any]) -> None:
+        """The source gave the guest up, and this destination does not have it. Raises Refused in any case.
+
+        It comes back only if the word to run was lost, and this is the destination that it was lost to: another one, that
+        the guest went to before, runs it.
+        """
+        if "error-desc" not in state:
+            raise Refused(
+                "the source has handed its guest over already, to another daemon than this; nothing was changed"
+            )
+        if not await _has_failed(destination):
+            raise _Unclear(
+                f"the source has given its guest up, and it is not known whether another daemon has it: {state['error-desc']}"
+            )
+        await source.call("cont")
+        await self._put_back(source, destination)
+        raise Refused("the destination did not take the guest over in the end; it is back on the source")
+
     async def _put_back(self, source: End, destination: End) -> None:
         """The guest stays: take away what was made for it. Whoever is gone needs nothing taken away."""
         try:
@@ -229,15 +248,22 @@ class _Migration:
             )
         there = await destination.call("query-status")
         if there["status"] == "inmigrate":
-            # The word to run was lost with the connection: the destination cannot get it any more, and does not run.
-            await source.call("cont")
-            await self._put_back(source, destination)
-            raise Refused("the destination did not take the guest over in the end; it is back on the source")
+            await self._take_back(source, destination, state)
         await prepare.forget(source)
         click.echo(
             f"The guest is on the destination ({there['status']}). It was held for {state.get('downtime', '?')} ms."
         )
         return 0
+
+
+async def _has_failed(destination: End) -> bool:
+    """Whether a guest that was to come to this destination cannot come any more; it may take a moment to notice."""
+    for _ in range(100):
+        status = (await destination.call("query-migrate")).get("status")
+        if status in (None, "failed"):
+            return status is not None
+        await asyncio.sleep(0.1)
+    return False
 
 
 async def _settled(source: End) -> dict[str, Any]:
@@ -257,6 +283,10 @@ async def _through(ending: asyncio.Future[dict[str, Any]], source: End) -> dict[
         with suppress(LiveDiskError):
             await source.call("migrate_cancel")
         return await ending
+
+
+class _Unclear(Refused):
+    """Nobody can tell from here who has the guest; nothing was changed."""
 
 
 class _Screen:

@@ -120,7 +120,7 @@ def test_a_disk_that_the_destination_has_is_used(short_path: Path, tmp_path: Pat
 def test_bitmaps_and_the_write_cache_come_along(short_path: Path) -> None:
     with Move(short_path) as move:
         with move.source.qmp() as qmp:
-            for name, more in {"plain": {}, "still": {"disabled": True}}.items():
+            for name, more in {"plain": {}, "kept": {"persistent": True}, "still": {"disabled": True}}.items():
                 qmp.call("block-dirty-bitmap-add", {"node": "disk0", "name": name, "granularity": 65536, **more})
         qemu_io(move.source.uri("disk0"), "write 1M 128k", format="raw")
         move.migrate()
@@ -128,8 +128,19 @@ def test_bitmaps_and_the_write_cache_come_along(short_path: Path) -> None:
         with move.destination.qmp() as qmp:
             (entry,) = qmp.execute("query-block")
             found = {bitmap["name"]: bitmap for bitmap in entry["inserted"]["dirty-bitmaps"]}
-        assert {name: bitmap["count"] for name, bitmap in found.items()} == {"plain": 192 << 10, "still": 0}
-        assert {name: bitmap["recording"] for name, bitmap in found.items()} == {"plain": True, "still": False}
+        assert {name: bitmap["count"] for name, bitmap in found.items()} == {
+            "plain": 192 << 10,
+            "kept": 192 << 10,
+            "still": 0,
+        }
+        assert {name: bitmap["recording"] for name, bitmap in found.items()} == {
+            "plain": True,
+            "kept": True,
+            "still": False,
+        }
+        move.destination.stop()
+        stored = info(move.image("disk0"))["format-specific"]["data"]["bitmaps"]
+        assert [bitmap["name"] for bitmap in stored] == ["kept"]
 
 
 def test_over_tls(short_path: Path, tmp_path: Path) -> None:
@@ -247,6 +258,17 @@ def test_ends_that_are_no_livedisk(short_path: Path) -> None:
 )
 def test_options_that_make_no_sense(option: tuple[str, str]) -> None:
     livedisk("migrate", "--from", "a", "--to", "b", *option, expect=2)
+
+
+def test_a_guest_that_went_elsewhere_is_not_started_again(short_path: Path) -> None:
+    """The source is told to hand over to a second daemon what a first one runs."""
+    with Move(short_path) as move:
+        move.migrate()
+        with Daemon(short_path, "-incoming", "defer", name="c") as other:
+            ends = ["--from", str(move.source.qmp_socket), "--to", str(other.qmp_socket)]
+            done = livedisk("migrate", *ends, "--target", move.target, expect=1)
+            assert "handed its guest over already, to another daemon" in done.stderr
+        assert move.states() == ("postmigrate", "running")
 
 
 # -- interruptions and failures ------------------------------------------------------------------------------------------

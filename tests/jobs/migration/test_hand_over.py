@@ -16,7 +16,7 @@ import msgspec
 import pytest
 
 from kit import certificates
-from kit.livedisk import Daemon
+from kit.livedisk import Daemon, livedisk
 from kit.peers import peer
 from kit.process import Process
 from kit.qemu import create, qemu_io
@@ -353,6 +353,36 @@ def test_after_it_the_guest_is_given_up_even_if_the_word_is_lost(source: tuple[D
     qemu_io(daemon.uri("disk"), "read -P 3 0 64k", "write -P 4 0 64k", format="raw")
 
 
+def test_the_command_settles_a_hand_over_whose_last_word_was_lost(
+    source: tuple[Daemon, Qmp], target: tuple[Daemon, Qmp], short_path: Path
+) -> None:
+    """`livedisk migrate`, run again: it takes the guest back only if this destination is known not to have it."""
+
+    def act(end: Peer) -> None:
+        end.receive()
+        end.send(Welcome())
+        end.until(Switch)
+        end.send(Activated())
+        end.receive()
+
+    (here, qmp), (there, other) = source, target
+    with destination(short_path / "lost", act) as uri:
+        qmp.execute("migrate", uri=uri)
+        assert "did not confirm" in ended(qmp)["error-desc"]
+    command = ["migrate", "--from", here.qmp_socket, "--to", there.qmp_socket]
+    qmp.close()
+    other.close()
+    assert "it is not known whether another daemon has it" in livedisk(*command, expect=3).stderr
+    with there.qmp() as again:
+        with speaking(listening(again, short_path)) as end:
+            end.send(hello())
+            assert end.receive() == Welcome()
+        assert ended(again)["status"] == "failed"
+    assert "it is back on the source" in livedisk(*command, expect=1).stderr
+    with here.qmp() as again:
+        assert status(again) == "running"
+
+
 def test_an_image_that_somebody_else_has_is_not_taken_back(source: tuple[Daemon, Qmp], short_path: Path) -> None:
     def act(end: Peer) -> None:
         end.receive()
@@ -417,7 +447,7 @@ def target(short_path: Path) -> Iterator[tuple[Daemon, Qmp]]:
     """A daemon with the node of a disk, waiting for a guest."""
     image = create(short_path / "t.qcow2", SIZE)
     node = f"driver=qcow2,node-name=d,file.driver=file,file.filename={image}"
-    with Daemon(short_path, "--blockdev", node, "-incoming", "defer") as daemon, daemon.qmp() as qmp:
+    with Daemon(short_path, "--blockdev", node, "-incoming", "defer", name="target") as daemon, daemon.qmp() as qmp:
         yield daemon, qmp
 
 
