@@ -239,6 +239,11 @@ class Node:
         """The ranges (bytes) of all requests in flight: first and one past the last."""
         return [(request.start, request.end) for request in self._in_flight]
 
+    def barred(self, offset: int, length: int) -> bool:
+        """Whether a serialising request in flight, which others wait for, touches the range (bytes)."""
+        end = offset + length
+        return any(other.serialising and other.start < end and offset < other.end for other in self._in_flight)
+
     def requests_in_flight(self) -> frozenset[object]:
         """The requests in flight that may still use storage which another request gives up: it must outlive them.
 
@@ -531,6 +536,50 @@ class Node:
         return f"<Node {self.name} {self.options.driver}>"
 
 
+def read_now(node: Node, offset: int, view: memoryview) -> bool:
+    """`Node.read` without awaiting, and so atomic towards the event loop: True; or False, with anything in ``view``, where
+    something must be waited for or asked: metadata, cold pages, a request that others wait for, a filter, compressed data."""
+    position, end = 0, len(view)
+    if node.busy and node.barred(offset, end):
+        return False
+    while position < end:
+        at = offset + position
+        inside = min(end - position, node.size - at)
+        if inside <= 0:
+            fill_zeroes(view[position:])
+            return True
+        try:
+            segment = node.driver.map(at, inside)
+        except NotMapped:
+            return False
+        part = view[position : position + segment.length]
+        position += segment.length
+        if segment.kind is Kind.DATA:
+            if not _read_data_now(segment, part):
+                return False
+        elif segment.kind is Kind.UNALLOCATED and node.backing is not None:
+            if not read_now(node.backing.node, at, part):
+                return False
+        elif segment.kind in (Kind.UNALLOCATED, Kind.ZERO):
+            fill_zeroes(part)
+        else:
+            return False
+    return True
+
+
+def _read_data_now(segment: Segment, part: memoryview) -> bool:
+    source = segment.source
+    if isinstance(source, Edge):
+        return read_now(source.node, segment.offset, part)
+    assert source is not None
+    if source.inline_flags is None:
+        return False
+    try:
+        return os.preadv(source.fd, (part,), segment.offset, source.inline_flags) == len(part)
+    except OSError:  # cold, or an error that is told when the slow path meets it
+        return False
+
+
 def fill_zeroes(view: memoryview) -> None:
     """Zero a byte view in place."""
     for start in range(0, len(view), len(ZERO_CHUNK)):
@@ -556,4 +605,4 @@ def io_error(number: int, what: str) -> OSError:
     return OSError(number, f"{os.strerror(number)}: {what}")
 
 
-__all__ = ["DirtyTracker", "Edge", "InFlight", "Node", "Parent", "fill_zeroes", "io_error", "is_zero"]
+__all__ = ["DirtyTracker", "Edge", "InFlight", "Node", "Parent", "fill_zeroes", "io_error", "is_zero", "read_now"]

@@ -273,7 +273,10 @@ class Allocator:
             self.retired.append(Retired(offset, count * self.cluster_size, punch=False, held_by=frozenset()))
             return
         self.refcounts.fill(block, first, count, 0)
-        self._freed(first)
+        if first + count == self._run_start:
+            self._run_start = first  # the last that was taken: as if it had not been
+        else:
+            self._freed(first)
 
     def _freed(self, cluster: int) -> None:
         if cluster < self._search:

@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 
 from livedisk.emulator.block.debug import Event
 from livedisk.emulator.block.extents import Extents
+from livedisk.emulator.block.node import read_now
 from livedisk.emulator.block.types import DetectZeroes, NotMapped, ZeroFlags
 from livedisk.emulator.drivers.file import FileDriver
 from livedisk.emulator.drivers.qcow2.cache import Table
@@ -200,26 +201,27 @@ class Writer:
     def _inline(
         self, plan: _Plan, table: Table[array[int]], index: int, offset: int, data: memoryview | Extents
     ) -> bool:
-        """Write the data of a plan at once, if nothing must be copied around it and the host file takes it without blocking.
+        """Write the data of a plan, and what must be copied around it, at once, if everything is at hand and the host file takes
+        it without blocking.
 
-        This is what makes allocating writes quick: no await, and so no claim either. It writes as the flat map does, and like it
-        only while nothing that must be waited for goes on in the file. False: nothing was written.
+        This is what makes allocating writes quick: no await, and so no claim either. It writes as the flat map does, and only
+        where nothing that must be waited for goes on in the file. False: nothing was written.
         """
         image, node = self.image, self.image.storage.data.node
-        if not isinstance(data, memoryview):
+        if not isinstance(data, memoryview) or not isinstance(node.driver, FileDriver):
             return False
         if plan.copy_from != offset or plan.copy_to != offset + len(data):
             last = index + (plan.end - plan.start >> image.geometry.cluster_bits) - 1
-            bare = not image.tables.extended and table.data[index] <= ZERO and table.data[last] <= ZERO
-            if not bare or not plan.fresh or image.node.backing is not None:
-                return False  # something around the data has to be copied
-        if (
-            node.busy
-            or node.trackers
-            or node.read_only
-            or len(data) > MAX_INLINE
-            or not isinstance(node.driver, FileDriver)
-        ):
+            if image.tables.extended or table.data[index] > ZERO or table.data[last] > ZERO:
+                return False
+            if not plan.fresh or image.node.backing is not None:
+                whole = self._merged_now(plan, offset, data)
+                if whole is None:
+                    return False
+                offset, data = plan.copy_from, whole
+        if node.trackers or node.read_only or len(data) > MAX_INLINE:
+            return False
+        if node.busy and node.overlapped(plan.host - plan.start + offset, len(data)):
             return False
         if node.detect_zeroes is not DetectZeroes.OFF or node.write_threshold:
             return False
@@ -236,6 +238,36 @@ class Writer:
                 image.allocator.give_back(plan.host, plan.new)
             raise
         node.driver.grown(at + len(data))
+        return True
+
+    def _merged_now(self, plan: _Plan, offset: int, data: memoryview) -> memoryview | None:
+        """The data, and around it what the clusters held before; None where that cannot be had without awaiting."""
+        length = plan.copy_to - plan.copy_from
+        if length > MAX_INLINE:
+            return None
+        head, view = offset - plan.copy_from, memoryview(bytearray(length))
+        end = head + len(data)
+        if not self._old_now(plan.copy_from, view[:head]) or not self._old_now(offset + len(data), view[end:]):
+            return None
+        view[head:end] = data
+        return view
+
+    def _old_now(self, offset: int, view: memoryview) -> bool:
+        """Fill a zeroed ``view`` with what unallocated or zero clusters show."""
+        image = self.image
+        while len(view):
+            try:
+                run = image.tables.lookup(offset, len(view))
+            except NotMapped:
+                return False
+            if run.state is State.UNALLOCATED:
+                backing = image.node.backing
+                if backing is not None and not read_now(backing.node, offset, view[: run.length]):
+                    return False
+            elif run.state not in (State.ZERO, State.ZERO_ALLOC):
+                return False
+            offset += run.length
+            view = view[run.length :]
         return True
 
     async def _get_ready(self, offset: int, first: int) -> None:
