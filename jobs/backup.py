@@ -178,7 +178,7 @@ class BackupJob(BlockJob):
     def _choose_what_to_copy(self) -> None:
         if self._plan.sync is Sync.BITMAP:
             assert self._frozen_bitmap is not None
-            self._driver.moment.restrict(self._frozen_bitmap.runs())
+            self._driver.moment.want_only(self._frozen_bitmap.runs())
         elif self._plan.sync is Sync.TOP:
             self._driver.base = under(skip_filters(self._source))
         self._account()

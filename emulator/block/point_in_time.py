@@ -7,7 +7,7 @@ The bookkeeping of copy-before-write, without any I/O. A cluster is in one of th
     done       copied; what it was is read from the target      writes pass
     dropped    never wanted, or wanted no more                  writes pass; reads of the moment fail
 
-    dirty ──take──> copying ──copied──> done        dirty ──drop──> dropped        done ──drop──> dropped
+    dirty ──take──> copying ──copied──> done        dirty ──skip, drop──> dropped        done ──drop──> dropped
       └──<──failed──┘
 
 * Nobody but who took a cluster copies it. It is copied once; if that failed, it is dirty again.
@@ -17,8 +17,11 @@ The bookkeeping of copy-before-write, without any I/O. A cluster is in one of th
 * ``broken``, once set, is final: the moment is lost (a copy failed, and the guest's write was more important). Every write
   passes then, but those into frozen ranges still wait for the reads there.
 
+A cluster is *touched* once a write has asked (`touch`): only then do further ones pass without asking. So it is known what was
+written, whichever way, as QEMU's queries tell it.
+
 Whatever may change whether a write passes, or where the moment is read, is told to ``changed`` at once, before anybody can
-act on the old answer. Memory: four bits a cluster. Source: QEMU ``block/copy-before-write.c`` (access_bitmap, done_bitmap,
+act on the old answer. Memory: five bits a cluster. Source: QEMU ``block/copy-before-write.c`` (access_bitmap, done_bitmap,
 frozen_read_reqs), ``block/block-copy.c`` (copy_bitmap, reqs), ``block/reqlist.c``.
 """
 
@@ -82,10 +85,12 @@ class PointInTime:
         self._dirty.setall(1)
         self._busy = bitarray(self._count)
         self._done = bitarray(self._count)
+        self._touched = bitarray(self._count)
         self._access = bitarray(self._count)
         self._access.setall(1)
         self._busy.setall(0)
         self._done.setall(0)
+        self._touched.setall(0)
         self._dirty_count = self._count
         self._copies: list[Held] = []
         self._frozen: list[Held] = []
@@ -102,9 +107,8 @@ class PointInTime:
         return sum(self._clusters(copy.start, copy.length) for copy in self._copies) << self._shift
 
     def counts(self) -> tuple[int, int, int]:
-        """Bytes that are dirty or being copied, may be read, are done."""
-        waiting = self._dirty_count + (self.copying >> self._shift)
-        return waiting << self._shift, self._access.count() << self._shift, self._done.count() << self._shift
+        """Bytes that are dirty, that nobody dropped, that were touched: what QEMU tells of its bitmaps."""
+        return self.dirty, self._access.count() << self._shift, self._touched.count() << self._shift
 
     def _clusters(self, offset: int, length: int) -> int:
         return -(-(offset + length) >> self._shift) - (offset >> self._shift)
@@ -115,16 +119,20 @@ class PointInTime:
         return start, min(-(-(offset + length) >> self._shift) << self._shift, self.size)
 
     # -- which clusters are wanted -------------------------------------------------------------------------------------
-    def restrict(self, runs: Iterable[tuple[int, int]]) -> None:
-        """Want only the clusters that these ranges (offset and length, bytes) touch. Nothing was copied yet."""
+    def want_only(self, runs: Iterable[tuple[int, int]]) -> None:
+        """Copy only the clusters that these ranges (offset and length, bytes) touch. Nothing was copied yet."""
         wanted = bitarray(self._count)
         wanted.setall(0)
         for offset, length in runs:
             if length:
                 wanted[offset >> self._shift : min(-(-(offset + length) >> self._shift), self._count)] = 1
         self._dirty &= wanted
-        self._access &= wanted
         self._dirty_count = self._dirty.count()
+        self._changed(0, self.size)
+
+    def show_only_wanted(self) -> None:
+        """Count what is not wanted as dropped."""
+        self._access &= self._dirty
         self._changed(0, self.size)
 
     def drop(self, offset: int, length: int) -> None:
@@ -137,13 +145,12 @@ class PointInTime:
             self._changed(first << self._shift, (end - first) << self._shift)
 
     def skip(self, offset: int, length: int) -> None:
-        """As `drop`, of dirty clusters only."""
+        """The dirty ones of the clusters that lie whole in the range need not be copied."""
         first, end = self._whole(offset, length)
-        while (start := self._dirty.find(1, first, end) if first < end else -1) >= 0:
-            stop = self._dirty.find(0, start, end)
-            stop = end if stop < 0 else stop
-            self.drop(start << self._shift, (stop - start) << self._shift)
-            first = stop
+        if first < end:
+            self._dirty_count -= self._dirty.count(1, first, end)
+            self._dirty[first:end] = 0
+            self._changed(first << self._shift, (end - first) << self._shift)
 
     def _whole(self, offset: int, length: int) -> tuple[int, int]:
         end = self._count if offset + length >= self.size else (offset + length) >> self._shift
@@ -195,7 +202,6 @@ class PointInTime:
 
     def dropped(self, copy: Held) -> None:
         """It turned out not to be wanted."""
-        self._access[copy.start >> self._shift : -(-copy.end >> self._shift)] = 0
         self._end(copy)
 
     def _end(self, copy: Held) -> None:
@@ -216,20 +222,19 @@ class PointInTime:
 
     # -- writes --------------------------------------------------------------------------------------------------------
     def run(self, offset: int, length: int) -> tuple[int, bool]:
-        """Of the start of a range: for how many bytes it holds, and whether a write may pass at once."""
+        """Of the start of a range: for how many bytes it holds, and whether a write may pass without asking."""
         if offset < self.size:
             length = min(length, (self._count << self._shift) - offset)
         end = offset + length
         if self.broken is None and offset < self.size:
             first, last = offset >> self._shift, -(-end >> self._shift)
-            if self._dirty[first]:
-                stop = self._dirty.find(0, first, last)
+            free = bool(self._touched[first] and not self._dirty[first] and not self._busy[first])
+            if not free:
+                # Until the next one that was touched, at least.
+                stop = self._touched.find(1, first + 1, last)
                 return (length if stop < 0 else (stop << self._shift) - offset), False
-            if self._busy[first]:
-                stop = self._busy.find(0, first, last)
-                return (length if stop < 0 else (stop << self._shift) - offset), False
-            for bits in (self._dirty, self._busy):
-                stop = bits.find(1, first, last)
+            for bits, other in ((self._touched, 0), (self._dirty, 1), (self._busy, 1)):
+                stop = bits.find(other, first, last)
                 if stop >= 0:
                     last = stop
             end = min(end, last << self._shift)
@@ -241,7 +246,7 @@ class PointInTime:
         return end - offset, True
 
     def passes(self, offset: int, length: int) -> bool:
-        """Whether a write to the range may go at once."""
+        """Whether nothing need be copied, or waited for, before a write to the range."""
         if self.broken is None:
             first, last = offset >> self._shift, -(-(offset + length) >> self._shift)
             if last - first == 1 and last <= self._count:  # nearly every write of a guest
@@ -250,6 +255,20 @@ class PointInTime:
             elif self._dirty.find(1, first, last) >= 0 or self._busy.find(1, first, last) >= 0:
                 return False
         return not self._frozen or self._reader_in(offset, offset + length) is None
+
+    def touched(self, offset: int, length: int) -> bool:
+        """Whether every cluster of the range was touched before, or need not be."""
+        if self.broken is not None or offset >= self.size:
+            return True
+        first, last = offset >> self._shift, -(-(offset + length) >> self._shift)
+        return self._touched.find(0, first, last) < 0
+
+    def touch(self, offset: int, length: int) -> None:
+        """A write to the range has asked, and may go."""
+        if not self.touched(offset, length):
+            start, end = self.align(offset, length)
+            self._touched[start >> self._shift : -(-end >> self._shift)] = 1
+            self._changed(start, end - start)
 
     def _reader_in(self, start: int, end: int) -> Held | None:
         return next((reader for reader in self._frozen if reader.start < end and start < reader.end), None)
@@ -266,22 +285,33 @@ class PointInTime:
         Raises Inaccessible if the first cluster cannot be read.
         """
         first, last = offset >> self._shift, -(-(offset + length) >> self._shift)
-        if self.broken is not None or not self._access[first]:
+        readable = self._readable(first, last)
+        if not readable or not readable[0]:
             raise Inaccessible
         there = bool(self._done[first])
-        for bits, other in ((self._done, 0 if there else 1), (self._access, 0)):
-            stop = bits.find(other, first, last)
-            if stop >= 0:
-                last = stop
+        stop = readable.find(0)
+        if stop >= 0:
+            last = first + stop
+        stop = self._done.find(0 if there else 1, first, last)
+        if stop >= 0:
+            last = stop
         return min(last << self._shift, offset + length) - offset, there
 
     def blank(self, offset: int, length: int) -> int:
         """For how many bytes of the start of a range nothing can be read."""
-        if self.broken is not None:
-            return length
         first, last = offset >> self._shift, -(-(offset + length) >> self._shift)
-        stop = self._access.find(1, first, last)
-        return length if stop < 0 else max((stop << self._shift) - offset, 0)
+        stop = self._readable(first, last).find(1)
+        return length if stop < 0 else max((first + stop << self._shift) - offset, 0)
+
+    def _readable(self, first: int, last: int) -> bitarray:
+        """Of each cluster of a range whether the moment is known there; empty if it is lost."""
+        if self.broken is not None:
+            return bitarray()
+        known = self._dirty[first:last]
+        known |= self._busy[first:last]
+        known |= self._done[first:last]
+        known &= self._access[first:last]
+        return known
 
     @asynccontextmanager
     async def frozen(self, offset: int, length: int) -> AsyncIterator[None]:

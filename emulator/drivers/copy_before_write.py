@@ -145,7 +145,8 @@ class CopyBeforeWrite(Driver):
             raise BlockError(
                 f"Failed to merge bitmap '{bitmap.name}' to internal copy-bitmap: {error}", hint=error.hint
             ) from error
-        self.moment.restrict(bitmap.runs())
+        self.moment.want_only(bitmap.runs())
+        self.moment.show_only_wanted()
 
     async def close(self) -> None:
         await self.settle()
@@ -186,7 +187,7 @@ class CopyBeforeWrite(Driver):
 
     def write_now(self, offset: int, data: memoryview) -> bool:
         below = self._edge.node
-        if below.read_only or below.detect_zeroes is not DetectZeroes.OFF or not self.moment.passes(offset, len(data)):
+        if below.read_only or below.detect_zeroes is not DetectZeroes.OFF or not self._free(offset, len(data)):
             return False
         if below.busy and below.overlapped(offset, len(data)):
             return False
@@ -194,6 +195,9 @@ class CopyBeforeWrite(Driver):
             return False
         below.written(offset, len(data))
         return True
+
+    def _free(self, offset: int, length: int) -> bool:
+        return self.moment.touched(offset, length) and self.moment.passes(offset, length)
 
     async def write_zeroes(self, offset: int, length: int, flags: ZeroFlags) -> None:
         await self._before_change(offset, length)
@@ -231,17 +235,19 @@ class CopyBeforeWrite(Driver):
         """Return when the range may be changed: what it was is copied, or the moment is lost, and nobody reads it from the
         disk any more. Raises OSError where the guest's write must fail."""
         moment = self.moment
-        if moment.passes(offset, length):
-            return
-        start, end = moment.align(offset, length)
-        if moment.broken is None:
-            try:
-                await self._save_in_time(start, end)
-            except OSError as error:
-                if self.options.on_cbw_error is OnCbwError.BREAK_GUEST_WRITE:
-                    raise
-                self._break_off(error)
-        await moment.thawed(start, end)
+        if not moment.passes(offset, length):
+            start, end = moment.align(offset, length)
+            if moment.broken is None:
+                try:
+                    await self._save_in_time(start, end)
+                except OSError as error:
+                    if self.options.on_cbw_error is OnCbwError.BREAK_GUEST_WRITE:
+                        raise
+                    self._break_off(error)
+            moment.touch(offset, length)
+            await moment.thawed(start, end)
+        else:
+            moment.touch(offset, length)
 
     def _break_off(self, error: OSError) -> None:
         if self.moment.broken is None:

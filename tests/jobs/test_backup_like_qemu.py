@@ -6,7 +6,6 @@ Differences that are meant, and so not in these scripts:
 * A backup is lost where a copy for a guest's write fails; QEMU fails the write.
 * drive-backup to an existing image without its format: QEMU probes.
 * What reads as zeroes through snapshot-access is copied as zeroes; QEMU takes it for data.
-* What a backup does not copy (sync bitmap) cannot be read through its filter either: an internal bitmap tells.
 * Formats that livedisk does not know (vmdk).
 """
 
@@ -281,6 +280,7 @@ SCRIPTS: dict[str, list[Step]] = {
         *(bitmap(verb) for verb in ("add", "remove", "clear", "enable", "disable")),
         bitmap("merge", target="m", bitmaps=["m"]),
         backup(job_id="k", target="u", sync="incremental", bitmap="m"),
+        BITMAPS,
         c("job-finalize", id="j"),
         BITMAPS,
     ],

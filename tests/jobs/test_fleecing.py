@@ -175,6 +175,27 @@ SCRIPTS: dict[str, list[Step]] = {
         step("blockdev-del", node_name="fleece"),
         *POLLED,
     ],
+    "what a job's filter tells while the guest writes": [
+        step("block-dirty-bitmap-add", node="disk", name="b0"),
+        *guest("write -P 9 1M 64k", "write -P 9 4M 128k"),
+        add("full"),
+        step(
+            "blockdev-backup",
+            job_id="one",
+            device="disk",
+            target="full",
+            sync="incremental",
+            bitmap="b0",
+            auto_finalize=False,
+        ),
+        Job("one", "pending"),
+        *POLLED,
+        *guest("write -P 10 1M 64k", "write -P 10 2M 4k", "write -P 10 2M 4k", "write -P 10 4M 4k"),
+        *POLLED,
+        step("job-finalize", id="one"),
+        Job("one", "null"),
+        *POLLED,
+    ],
     "push, several disks, then increments": [
         *(add(name) for name in ("full", "full2")),
         step(
@@ -215,8 +236,6 @@ def even_out(text: str) -> str:
     """What is a matter of speed, of addresses, or of who took the bytes where."""
     text = re.sub(r'"(offset|wr_highest_offset|start)": \d+', r'"\1": 0', text)
     text = re.sub(r'"busy": (true|false)', '"busy": 0', text)
-    # The filter's own bitmaps: QEMU counts as copied what was written where nothing was to be kept.
-    text = re.sub(r'"count": \d+, ("granularity": \d+, "persistent")', r'"count": 0, \1', text)
     return re.sub(r"\([\d.]+ [\w.]+ and [\d.]+ ops/sec\)|\d\d\.\d\d sec \([^)]*\)", "", text)
 
 
