@@ -9,6 +9,7 @@
     filters.py    putting a filter on a node and taking it away            chains.py  finding images in a backing chain
     stream.py     commit.py     mirror.py     backup.py     create.py     each only what makes it different
     mirror_commands.py, backup_commands.py, targets.py, commands.py, plugin.py   the QMP side
+    migration/    a guest handed over to another daemon, with the mirrors that go before
 
 They stand above the emulator and are not known to it: ``jobs -> emulator -> nbd``. They come in through the entry-point
 group ``livedisk.plugins`` (``emulator/qmp/registry.py``, `load_plugins`), as anybody's package may: commands by
