@@ -24,6 +24,7 @@ from livedisk.emulator.drivers.qcow2.check import (
     CheckResult,
     Report,
     Walk,
+    check,
     check_snapshot_table,
     ignore,
 )
@@ -42,7 +43,7 @@ from livedisk.emulator.drivers.qcow2.geometry import (
 from livedisk.emulator.drivers.qcow2.header import Header, Incompatible, Purpose, Readable, read_header
 from livedisk.emulator.drivers.qcow2.snapshots import V3_EXTRA, SnapshotTable, complete
 from livedisk.emulator.drivers.qcow2.snapshots import table_to_bytes as snapshots_to_bytes
-from livedisk.emulator.errors import ImageError
+from livedisk.emulator.errors import BlockError, ImageError
 
 
 class Fix(IntFlag):
@@ -392,3 +393,36 @@ class _Repair:
         if self.header.incompatible & (Incompatible.DIRTY | Incompatible.CORRUPT):
             self.header.incompatible &= ~(Incompatible.DIRTY | Incompatible.CORRUPT)
             await self.put_header()
+
+
+async def change_refcount_width(file: Writable, bits: int, report: Report = ignore) -> None:
+    """Give a version 3 image refcounts of ``bits`` bits each: new structures, then one sector of the header names them and the
+    width. Nobody else uses the image meanwhile.
+
+    Raises ImageError if the image is damaged, BlockError, in QEMU's words, if a count does not fit.
+    """
+    header = await read_header(file, Purpose.CHECK)
+    if header.refcount_order == bits.bit_length() - 1:
+        return
+    run = _Repair(file, header, Fix.ALL, report)
+    table = await check_snapshot_table(file, header, CheckResult(), report, repair=False)
+    run.run = Check(file, header, table, report)
+    run.walk = await run.run.walk()
+    if run.walk.rebuild or run.result.corruptions or run.result.check_errors:
+        raise ImageError("The image is damaged; repair it first (check -r all)")
+    counts = run.walk.counts
+    limit = (1 << bits) - 1
+    for start, end in counts.used_stretches():
+        for cluster in range(start, end):
+            if counts.get(cluster) > limit:
+                raise BlockError(
+                    f"Cannot decrease refcount entry width to {bits} bits: Cluster at offset "
+                    f"{cluster << header.cluster_bits:#x} has a refcount of {counts.get(cluster)}"
+                )
+    header.refcount_order = bits.bit_length() - 1
+    run.geometry = header.geometry
+    counts.limit = limit
+    await run._rebuild()
+    after = await check(file, ignore)
+    if after.corruptions or after.leaks:
+        await repair(file, Fix.ALL, ignore)

@@ -61,7 +61,7 @@ async def create(image: Image, name: str, moment: Moment) -> Snapshot:
     known = image.snapshots
     if len(known) >= MAX_SNAPSHOTS:
         raise _refused(errno.EFBIG)
-    async with _settled(image):
+    async with settled(image):
         l1 = image.tables.l1[:]
         counts = await _references(image, l1)
         await _check_room(image, counts)
@@ -81,7 +81,7 @@ async def create(image: Image, name: str, moment: Moment) -> Snapshot:
         await _add(image, counts, 1)
         await _put_copied_flags(image)
         made = _at(entry, await _write_l1(image, Section.NONE, l1, len(l1)))
-        await _publish(image, (*known, made))
+        await publish(image, (*known, made))
     return made
 
 
@@ -92,10 +92,10 @@ def _at(entry: Snapshot, offset: int) -> Snapshot:
 
 async def delete(image: Image, gone: Snapshot) -> None:
     """Forget a snapshot. All requests are drained. Raises OSError."""
-    async with _settled(image):
+    async with settled(image):
         l1 = await _l1_of(image, gone)
         counts = await _references(image, l1)
-        await _publish(image, tuple(one for one in image.snapshots if one is not gone))
+        await publish(image, tuple(one for one in image.snapshots if one is not gone))
         await _add(image, counts, -1)
         if gone.l1_table_offset:
             image.allocator.retire(gone.l1_table_offset, image.geometry.round_up(max(gone.l1_size * ENTRY, 1)))
@@ -104,7 +104,7 @@ async def delete(image: Image, gone: Snapshot) -> None:
 
 async def apply(image: Image, wanted: Snapshot) -> None:
     """Make the disk what it was; what was written since is lost. All requests are drained. Raises OSError."""
-    async with _settled(image):
+    async with settled(image):
         l1 = await _l1_of(image, wanted)
         size = image.size if wanted.disk_size is None else wanted.disk_size
         entries = max(len(l1), image.geometry.l1_entries(size))
@@ -125,7 +125,7 @@ async def apply(image: Image, wanted: Snapshot) -> None:
 
 # -- before and after ------------------------------------------------------------------------------------------------------
 @asynccontextmanager
-async def _settled(image: Image) -> AsyncIterator[None]:
+async def settled(image: Image) -> AsyncIterator[None]:
     """While inside, nothing is cached but refcounts, and the dirty bit is set. If it is left by an error after the first change
     (``half_changed``) the bit stays: refcounts and flags may disagree, and whoever opens the image next puts them right."""
     if image.storage.has_data_file:
@@ -165,7 +165,7 @@ async def _write_l1(image: Image, section: Section, l1: array[int], entries: int
     return offset
 
 
-async def _publish(image: Image, snapshots: tuple[Snapshot, ...]) -> None:
+async def publish(image: Image, snapshots: tuple[Snapshot, ...]) -> None:
     """Let the header name this table of snapshots; the old one's clusters are free."""
     header, geometry = image.header, image.geometry
     raw, offset = snapshots_to_bytes(snapshots), 0
