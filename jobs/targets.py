@@ -13,6 +13,7 @@ from livedisk.emulator.block.gate import claimed_format, image_options, protocol
 from livedisk.emulator.block.node import Node
 from livedisk.emulator.block.options import CacheOptions
 from livedisk.emulator.errors import BlockError
+from livedisk.emulator.qmp.announce import announce
 from livedisk.emulator.qmp.context import Context
 from livedisk.emulator.qmp.filenames import filename
 from livedisk.emulator.qmp.qapi import UnsetType
@@ -36,6 +37,7 @@ async def create_target(path: str, fmt: str, size: int, backing: Node | None) ->
     if fmt in ("raw", "file"):
         if backing is not None:
             raise BlockError(f"Backing file not supported for file format '{fmt}'")
+        announce(path, fmt, size)
         with open(path, "wb") as file:
             os.truncate(file.fileno(), size)
         return
@@ -50,6 +52,7 @@ async def create_target(path: str, fmt: str, size: int, backing: Node | None) ->
         if name == path:
             raise BlockError("Error: Trying to create an image with the same filename as the backing file")
         options = CreateOptions(size=size, backing_file=name, backing_fmt=backing.options.driver)
+    announce(path, fmt, size, *((name, backing.options.driver) if backing is not None else ()))
     await create_file(path, options)
 
 

@@ -27,6 +27,7 @@ from livedisk.emulator.block.options import CacheOptions
 from livedisk.emulator.block.permissions import Perm, Role
 from livedisk.emulator.block.reopen import set_read_only
 from livedisk.emulator.errors import BlockError
+from livedisk.emulator.qmp.announce import announce
 from livedisk.emulator.qmp.context import Context
 from livedisk.emulator.qmp.filenames import filename
 from livedisk.emulator.qmp.lookup import find_node
@@ -113,7 +114,10 @@ async def create_image(path: str, fmt: str, backing: Node) -> None:
     # Imported here: creation is not needed to start up.
     from livedisk.emulator.drivers.qcow2.create import CreateOptions, create_file
 
+    if path.startswith("json:"):
+        raise BlockError("Unknown protocol 'json'")
     options = CreateOptions(size=backing.size, backing_file=name, backing_fmt=backing.options.driver)
+    announce(path, fmt, backing.size, name, backing.options.driver)
     await create_file(path, options)
 
 

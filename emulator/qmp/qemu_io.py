@@ -110,7 +110,6 @@ class Command:
     least: int
     most: int
     needs: Perm
-    text: str
 
     @property
     def usage(self) -> str:
@@ -133,7 +132,7 @@ def io_command(
     """Decorator that registers a command."""
 
     def register(run: Run) -> Run:
-        COMMANDS[name] = Command(name, run, args, oneline, least, most, needs, text)
+        COMMANDS[name] = Command(name, run, args, oneline, least, most, needs)
         return run
 
     return register

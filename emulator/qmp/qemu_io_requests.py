@@ -31,6 +31,7 @@ from livedisk.emulator.qmp.qemu_io import (
     pattern,
     report,
 )
+from livedisk.emulator.qmp.qemu_io_help import TEXTS
 
 _DEFAULT_PATTERN: Final = 0xCD
 _SECTOR: Final = 512
@@ -42,33 +43,12 @@ def _reason(error: OSError) -> str:
 
 
 # -- read and write ----------------------------------------------------------------------------------------------------
-_READ_TEXT = """
- reads a range of bytes from the given offset
-
- Example:
- 'read -v 512 1k' - dumps 1 kilobyte read from 512 bytes into the file
-
- Reads a segment of the currently open file, optionally dumping it to the
- standard output stream (with -v option) for subsequent inspection.
- -b, -- read from the VM state rather than the virtual disk
- -C, -- report statistics in a machine parsable format
- -l, -- length for pattern verification (only with -P)
- -p, -- ignored for backwards compatibility
- -P, -- use a pattern to verify read data
- -q, -- quiet mode, do not show I/O statistics
- -r, -- register I/O buffer
- -s, -- start offset for pattern verification (only with -P)
- -v, -- dump buffer to standard output
-"""
-
-
 @io_command(
     "read",
     "reads a number of bytes at a specified offset",
     args="[-abCqrv] [-P pattern [-s off] [-l len]] off len",
     least=2,
     most=-1,
-    text=_READ_TEXT,
 )
 async def read(target: Target, arguments: list[str]) -> None:
     given, rest = options(arguments, "bCl:pP:qrs:v")
@@ -101,29 +81,6 @@ async def read(target: Target, arguments: list[str]) -> None:
         report(target, "read", started, offset, count, count, machine="C" in given)
 
 
-_WRITE_TEXT = """
- writes a range of bytes from the given offset
-
- Example:
- 'write 512 1k' - writes 1 kilobyte at 512 bytes into the open file
-
- Writes into a segment of the currently open file, using a buffer
- filled with a set pattern (0xcdcdcdcd).
- -b, -- write to the VM state rather than the virtual disk
- -c, -- write compressed data with blk_write_compressed
- -C, -- report statistics in a machine parsable format
- -f, -- use Force Unit Access semantics
- -n, -- with -z, don't allow slow fallback
- -p, -- ignored for backwards compatibility
- -P, -- use different pattern to fill file
- -q, -- quiet mode, do not show I/O statistics
- -r, -- register I/O buffer
- -s, -- use a pattern file to fill the write buffer
- -u, -- with -z, allow unmapping
- -z, -- write zeroes using blk_pwrite_zeroes
-"""
-
-
 @io_command(
     "write",
     "writes a number of bytes at a specified offset",
@@ -131,7 +88,6 @@ _WRITE_TEXT = """
     least=2,
     most=-1,
     needs=Perm.WRITE,
-    text=_WRITE_TEXT,
 )
 async def write(target: Target, arguments: list[str]) -> None:
     given, rest = options(arguments, "bcCfnpP:qrs:uz")
@@ -215,30 +171,12 @@ def _total(lengths: list[str]) -> int:
     return total
 
 
-_READV_TEXT = """
- reads a range of bytes from the given offset into multiple buffers
-
- Example:
- 'readv -v 512 1k 1k ' - dumps 2 kilobytes read from 512 bytes into the file
-
- Reads a segment of the currently open file, optionally dumping it to the
- standard output stream (with -v option) for subsequent inspection.
- Uses multiple iovec buffers if more than one byte range is specified.
- -C, -- report statistics in a machine parsable format
- -P, -- use a pattern to verify read data
- -q, -- quiet mode, do not show I/O statistics
- -r, -- register I/O buffer
- -v, -- dump buffer to standard output
-"""
-
-
 @io_command(
     "readv",
     "reads a number of bytes at a specified offset",
     args="[-Cqrv] [-P pattern] off len [len..]",
     least=2,
     most=-1,
-    text=_READV_TEXT,
 )
 async def readv(target: Target, arguments: list[str]) -> None:
     given, rest = options(arguments, "CP:qrv")
@@ -264,22 +202,6 @@ async def _read_all(target: Target, given: dict[str, str], wanted: int | None, o
         report(target, "read", started, offset, count, count, machine="C" in given)
 
 
-_WRITEV_TEXT = """
- writes a range of bytes from the given offset source from multiple buffers
-
- Example:
- 'writev 512 1k 1k' - writes 2 kilobytes at 512 bytes into the open file
-
- Writes into a segment of the currently open file, using a buffer
- filled with a set pattern (0xcdcdcdcd).
- -C, -- report statistics in a machine parsable format
- -f, -- use Force Unit Access semantics
- -P, -- use different pattern to fill file
- -q, -- quiet mode, do not show I/O statistics
- -r, -- register I/O buffer
-"""
-
-
 @io_command(
     "writev",
     "writes a number of bytes at a specified offset",
@@ -287,7 +209,6 @@ _WRITEV_TEXT = """
     least=2,
     most=-1,
     needs=Perm.WRITE,
-    text=_WRITEV_TEXT,
 )
 async def writev(target: Target, arguments: list[str]) -> None:
     given, rest = options(arguments, "CfqrP:")
@@ -305,35 +226,12 @@ async def writev(target: Target, arguments: list[str]) -> None:
         report(target, "wrote", started, offset, count, count, machine="C" in given)
 
 
-_AIO_READ_TEXT = """
- asynchronously reads a range of bytes from the given offset
-
- Example:
- 'aio_read -v 512 1k 1k ' - dumps 2 kilobytes read from 512 bytes into the file
-
- Reads a segment of the currently open file, optionally dumping it to the
- standard output stream (with -v option) for subsequent inspection.
- The read is performed asynchronously and the aio_flush command must be
- used to ensure all outstanding aio requests have been completed.
- Note that due to its asynchronous nature, this command will be
- considered successful once the request is submitted, independently
- of potential I/O errors or pattern mismatches.
- -C, -- report statistics in a machine parsable format
- -i, -- treat request as invalid, for exercising stats
- -P, -- use a pattern to verify read data
- -q, -- quiet mode, do not show I/O statistics
- -r, -- register I/O buffer
- -v, -- dump buffer to standard output
-"""
-
-
 @io_command(
     "aio_read",
     "asynchronously reads a number of bytes",
     args="[-Ciqrv] [-P pattern] off len [len..]",
     least=2,
     most=-1,
-    text=_AIO_READ_TEXT,
 )
 async def aio_read(target: Target, arguments: list[str]) -> None:
     given, rest = options(arguments, "CP:iqrv")
@@ -352,31 +250,6 @@ async def aio_read(target: Target, arguments: list[str]) -> None:
     await target.start(work(), held=lambda: _is_held(target))
 
 
-_AIO_WRITE_TEXT = """
- asynchronously writes a range of bytes from the given offset source
- from multiple buffers
-
- Example:
- 'aio_write 512 1k 1k' - writes 2 kilobytes at 512 bytes into the open file
-
- Writes into a segment of the currently open file, using a buffer
- filled with a set pattern (0xcdcdcdcd).
- The write is performed asynchronously and the aio_flush command must be
- used to ensure all outstanding aio requests have been completed.
- Note that due to its asynchronous nature, this command will be
- considered successful once the request is submitted, independently
- of potential I/O errors or pattern mismatches.
- -C, -- report statistics in a machine parsable format
- -f, -- use Force Unit Access semantics
- -i, -- treat request as invalid, for exercising stats
- -P, -- use different pattern to fill file
- -q, -- quiet mode, do not show I/O statistics
- -r, -- register I/O buffer
- -u, -- with -z, allow unmapping
- -z, -- write zeroes using blk_aio_pwrite_zeroes
-"""
-
-
 @io_command(
     "aio_write",
     "asynchronously writes a number of bytes",
@@ -384,7 +257,6 @@ _AIO_WRITE_TEXT = """
     least=2,
     most=-1,
     needs=Perm.WRITE,
-    text=_AIO_WRITE_TEXT,
 )
 async def aio_write(target: Target, arguments: list[str]) -> None:
     given, rest = options(arguments, "CfiP:qruz")
@@ -453,18 +325,6 @@ async def flush(target: Target, arguments: list[str]) -> None:
         raise Refused(f"flush failed: {_reason(error)}") from error
 
 
-_DISCARD_TEXT = """
- discards a range of bytes from the given offset
-
- Example:
- 'discard 512 1k' - discards 1 kilobyte from 512 bytes into the file
-
- Discards a segment of the currently open file.
- -C, -- report statistics in a machine parsable format
- -q, -- quiet mode, do not show I/O statistics
-"""
-
-
 @io_command(
     "discard",
     "discards a number of bytes at a specified offset",
@@ -472,7 +332,6 @@ _DISCARD_TEXT = """
     least=2,
     most=-1,
     needs=Perm.WRITE,
-    text=_DISCARD_TEXT,
 )
 async def discard(target: Target, arguments: list[str]) -> None:
     given, rest = options(arguments, "Cq")
@@ -566,25 +425,11 @@ async def alloc(target: Target, arguments: list[str]) -> None:
     target.print(f"{found}/{offset - start} bytes allocated at offset {amount(start)}")
 
 
-_REOPEN_TEXT = """
- Changes the open options of an already opened image
-
- Example:
- 'reopen -o lazy-refcounts=on' - activates lazy refcount writeback on a qcow2 image
-
- -r, -- Reopen the image read-only
- -w, -- Reopen the image read-write
- -c, -- Change the cache mode to the given value
- -o, -- Changes block driver options (cf. 'open' command)
-"""
-
-
 @io_command(
     "reopen",
     "reopens an image with new options",
     args="[(-r|-w)] [-c cache] [-o options]",
     most=-1,
-    text=_REOPEN_TEXT,
 )
 async def reopen(target: Target, arguments: list[str]) -> None:
     given, rest = options(arguments, "c:o:rw")
@@ -686,8 +531,9 @@ async def help_(target: Target, arguments: list[str]) -> None:
         if command is None:
             raise Refused(f"command {arguments[0]} not found")
         target.print(command.usage)
-        if command.text:
-            target.print(command.text.rstrip("\n") + "\n")
+        text = TEXTS.get(command.name)
+        if text is not None:
+            target.print(text.rstrip("\n") + "\n")
         return
     for name in sorted(COMMANDS):
         target.print(COMMANDS[name].usage)
