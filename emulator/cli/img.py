@@ -121,7 +121,7 @@ def create_command(
         for name, value in (("backing_file", backing), ("backing_fmt", backing_fmt), ("size", size)):
             if value is not None:
                 given[name] = value
-        nocow = _switch("nocow", given.pop("nocow", "off"))
+        nocow = switch_of("nocow", given.pop("nocow", "off"))
         options = await _creation_options(given, image)
         await create_file(image, options, nocow=nocow)
         if not quiet:
@@ -146,13 +146,13 @@ def _creation_words(words: tuple[str, ...]) -> dict[str, str]:
     return found
 
 
-def _switch(name: str, text: str) -> bool:
+def switch_of(name: str, text: str) -> bool:
     if text not in ("on", "off"):
         raise ParameterError(f"Parameter '{name}' expects 'on' or 'off'")
     return text == "on"
 
 
-def _size(name: str, text: str) -> int:
+def size_of(name: str, text: str) -> int:
     from livedisk.emulator.qmp.visit import parse_size
 
     size = parse_size(text)
@@ -169,11 +169,11 @@ async def _creation_options(given: dict[str, str], image: str) -> CreateOptions:
     for name, text in given.items():
         target = _LEGACY[name]
         if target in ("size", "cluster_size"):
-            typed[target] = _size("image size" if target == "size" else target, text)
+            typed[target] = size_of("image size" if target == "size" else target, text)
         elif target == "refcount_bits":
-            typed[target] = _size(target, text)
+            typed[target] = size_of(target, text)
         elif target in ("data_file_raw", "extended_l2", "lazy_refcounts"):
-            typed[target] = _switch(name, text)
+            typed[target] = switch_of(name, text)
         else:
             typed[target] = _VERSIONS.get(text, text) if target == "version" else text
     if "backing_file" in typed:
@@ -486,6 +486,6 @@ async def _extent(node: Node, offset: int, length: int) -> tuple[int, _Extent]:
 
 
 # Here, because it needs what stands above.
-from livedisk.emulator.cli import img_bitmap  # noqa: E402
+from livedisk.emulator.cli import img_bitmap, img_snapshot  # noqa: E402
 
-__all__ = ["IMAGE", "SETTINGS", "img", "img_bitmap", "opened", "run_to_end"]
+__all__ = ["IMAGE", "SETTINGS", "img", "img_bitmap", "img_snapshot", "opened", "run_to_end", "size_of", "switch_of"]

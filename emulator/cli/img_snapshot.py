@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from livedisk.emulator.cli.img import _SETTINGS, _opened, _run, _size, _switch, img
+from livedisk.emulator.cli.img import IMAGE, SETTINGS, img, opened, run_to_end, size_of, switch_of
 from livedisk.emulator.errors import BlockError, ParameterError
 
 if TYPE_CHECKING:
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 PROGRAM = "livedisk img"
 
 
-@img.command("snapshot", context_settings=_SETTINGS)
+@img.command("snapshot", context_settings=SETTINGS)
 @click.option("-l", "action", flag_value="list", help="List the snapshots.")
 @click.option("-c", "create", metavar="NAME", help="Make a snapshot.")
 @click.option("-a", "apply", metavar="SNAPSHOT", help="Make the image what it was; what was written since is lost.")
@@ -26,7 +26,7 @@ PROGRAM = "livedisk img"
 @click.option("-f", "fmt", metavar="FORMAT", default="qcow2", help="The image's format.")
 @click.option("-q", "quiet", is_flag=True, help="Print nothing but errors.")
 @click.option("-U", "--force-share", is_flag=True, help="List although a writer has the image open.")
-@click.argument("image", type=click.Path())
+@IMAGE
 def snapshot_command(
     action: str | None,
     create: str | None,
@@ -47,7 +47,7 @@ def snapshot_command(
 
     async def work() -> int:
         changes = create is not None or apply is not None or delete is not None
-        async with _opened(image, fmt, writable=changes, force_share=force_share and not changes) as node:
+        async with opened(image, fmt, writable=changes, force_share=force_share and not changes) as node:
             if create is not None:
                 await _create(node, create)
             elif apply is not None:
@@ -58,7 +58,7 @@ def snapshot_command(
                 _list(node)
         return 0
 
-    _run(work)
+    run_to_end(work)
 
 
 def _list(node: Node) -> None:
@@ -107,11 +107,11 @@ _FIXED = ("cluster_size", "preallocation", "compression_type", "extended_l2", "e
 _VERSIONS = {"0.10": 2, "v2": 2, "1.1": 3, "v3": 3}
 
 
-@img.command("amend", context_settings=_SETTINGS)
+@img.command("amend", context_settings=SETTINGS)
 @click.option("-o", "words", metavar="NAME=VALUE,...", multiple=True, help="What is to be, as qemu-img's.")
 @click.option("-f", "fmt", metavar="FORMAT", default="qcow2", help="The image's format; only qcow2 can be amended.")
 @click.option("-q", "quiet", is_flag=True, expose_value=False, help="Print nothing but errors, as always.")
-@click.argument("image", type=click.Path())
+@IMAGE
 def amend_command(words: tuple[str, ...], fmt: str, image: str) -> None:
     """Change properties of the qcow2 image IMAGE.
 
@@ -127,21 +127,21 @@ def amend_command(words: tuple[str, ...], fmt: str, image: str) -> None:
 
     async def work() -> int:
         wanted = _amendments(words)
-        async with _opened(image, fmt, writable=True) as node:
+        async with opened(image, fmt, writable=True) as node:
             await _check(node, wanted)
             driver: Any = node.driver
             await _before_width(driver, wanted)
         if "refcount_bits" in wanted:
             from livedisk.emulator.drivers.qcow2.repair import change_refcount_width
 
-            async with _opened(image, "file", writable=True) as file:
+            async with opened(image, "file", writable=True) as file:
                 await change_refcount_width(file, wanted["refcount_bits"])
-        async with _opened(image, fmt, writable=True) as node:
+        async with opened(image, fmt, writable=True) as node:
             driver = node.driver
             await _after_width(node, driver, wanted)
         return 0
 
-    _run(work)
+    run_to_end(work)
 
 
 def _amendments(words: tuple[str, ...]) -> dict[str, Any]:
@@ -156,11 +156,11 @@ def _amendments(words: tuple[str, ...]) -> dict[str, Any]:
         if name in _FIXED:
             raise ParameterError(f"Invalid parameter '{name}'", hint="This option is only supported for image creation")
         if name in ("lazy_refcounts", "data_file_raw"):
-            found[name] = _switch(name, value)
+            found[name] = switch_of(name, value)
         elif name == "size":
-            found[name] = _size("image size", value)
+            found[name] = size_of("image size", value)
         elif name == "refcount_bits":
-            found[name] = _size(name, value)
+            found[name] = size_of(name, value)
         elif name == "compat":
             if value not in _VERSIONS:
                 raise ParameterError(f"Unknown compatibility level {value}")
