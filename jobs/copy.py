@@ -32,12 +32,16 @@ OPERATION: Final = {Side.SOURCE: IoOperation.READ, Side.TARGET: IoOperation.WRIT
 """What a job's error event says of a copy that failed on that side."""
 
 
-async def copy_range(source: JobBackend, target: JobBackend, offset: int, length: int, *, flags: ZeroFlags) -> None:
+async def copy_range(
+    source: JobBackend, target: JobBackend, offset: int, length: int, *, flags: ZeroFlags, leave_zeroes: bool = False
+) -> None:
     """`block.copy.copy_range`, in flight on both backends. Raises CopyFailed."""
     async with source.request(), target.request():
         assert source.root is not None
         assert target.root is not None
-        await block_copy.copy_range(source.root, target.root, offset, length, flags=flags)
+        await block_copy.copy_range(
+            source.root, target.root, offset, length, flags=flags, leave_zeroes=leave_zeroes
+        )
 
 
 def lanes_into(target: Node) -> int:

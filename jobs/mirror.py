@@ -291,9 +291,17 @@ class MirrorJob(BlockJob):
         wanted = status.length if status.zero else min(status.length, step)
         return min(length, max(wanted // granularity * granularity, granularity))
 
+    async def _copy_range(self, offset: int, length: int) -> None:
+        plan, image = self._plan, skip_filters(self._target)
+        # What a full copy without any backing file, now or later, shows as zeroes need not say so: or the time that a sparse disk
+        # takes would depend on its size.
+        alone = plan.base is None and not plan.nothing and image.backing is None and image.driver.backing_filename() is None
+        leave = alone and plan.unmap and not self.commits
+        await copy_range(self._reader, self._writer, offset, length, flags=self._flags, leave_zeroes=leave)
+
     async def _copy(self, offset: int, length: int) -> None:
         try:
-            await copy_range(self._reader, self._writer, offset, length, flags=self._flags)
+            await self._copy_range(offset, length)
         except CopyFailed as failed:
             self._dirty.mark(offset, length)
             self._answer_failure(failed)
@@ -426,7 +434,7 @@ class MirrorJob(BlockJob):
             offset, length = found
             self._dirty.clear(offset, length)
             try:
-                await copy_range(self._reader, self._writer, offset, length, flags=self._flags)
+                await self._copy_range(offset, length)
             except CopyFailed as failed:
                 self.answer(OnError.REPORT, OPERATION[failed.side], failed.error)
                 raise failed.error from failed

@@ -71,19 +71,24 @@ async def copy_range(
     flags: ZeroFlags = ZeroFlags.NONE,
     detect_zeroes: bool = False,
     compressed: bool = False,
+    leave_zeroes: bool = False,
 ) -> None:
     """Make the target read as the source does in the range (bytes, inside both).
 
     ``flags``: how zeroes are written; ``detect_zeroes``: look for them in data too; ``compressed``: write data compressed, for
-    which the range must be whole clusters of the target (but for its end). Raises CopyFailed; what was copied by then stays.
+    which the range must be whole clusters of the target (but for its end); ``leave_zeroes``: write none where the target reads
+    as zeroes already (not for one that will get a backing file). Raises CopyFailed; what was copied by then stays.
     """
     _check(source, target, offset, length)
     copier = _Copier(source, target, flags, detect_zeroes=detect_zeroes, compressed=compressed)
+    copier.leave_zeroes = leave_zeroes
     await copier.run(offset, offset + length)
 
 
 class _Copier:
     """One call of `copy_range`. ``grain``: bytes that the target maps, or compresses, as one."""
+
+    leave_zeroes = False
 
     def __init__(self, source: Edge, target: Edge, flags: ZeroFlags, *, detect_zeroes: bool, compressed: bool) -> None:
         self.source = source
@@ -99,7 +104,7 @@ class _Copier:
         while offset < end:
             length, zero = await self._look(offset, end)
             if zero:
-                await writing(self.target.node.write_zeroes(offset, length, self.flags))
+                length = await self._zero(offset, length)
             else:
                 length = await self._move(offset, length)
             offset += length
@@ -120,6 +125,19 @@ class _Copier:
                 break
             position = after
         return min(position, stop) - offset, False
+
+    async def _zero(self, offset: int, length: int) -> int:
+        """Have zeroes at ``offset``; gives how many bytes of them."""
+        node = self.target.node
+        if self.leave_zeroes:
+            try:
+                status = await block_status(node, offset, length)
+            except OSError as error:
+                raise CopyFailed(Side.TARGET, error) from error
+            if status.zero and status.length:
+                return min(status.length, length)
+        await writing(node.write_zeroes(offset, length, self.flags))
+        return length
 
     async def _move(self, offset: int, length: int) -> int:
         """Copy data at ``offset``; gives how many bytes of it."""

@@ -237,3 +237,25 @@ def test_what_is_copied_is_marked_in_the_targets_trackers() -> None:
             assert tracker.marked == [(65536, 131072)]
 
     asyncio.run(act())
+
+
+def test_zeroes_that_the_target_has_are_left_alone_if_asked(tmp_path: Path) -> None:
+    size = 1 << 40
+    path = create(tmp_path / "target.qcow2", size)
+    qemu_io(path, "write -P 3 512G 1M")
+    with (tmp_path / "sparse.raw").open("wb") as file:
+        file.truncate(size)
+        file.seek(1 << 30)
+        file.write(b"data" * (1 << 18))
+
+    async def act() -> None:
+        file = {"driver": "file", "filename": str(tmp_path / "sparse.raw")}
+        target = {"driver": "qcow2", "file": {"driver": "file", "filename": str(path)}}
+        async with two_disks({"driver": "raw", "file": file}, target) as (source, copied):
+            await copy(source, copied, 0, size, flags=ZeroFlags.MAY_UNMAP, leave_zeroes=True)
+            assert await read(copied, 512 << 30, 2 << 20) == bytes(2 << 20)
+            assert await read(copied, 1 << 30, 1 << 20) == b"data" * (1 << 18)
+
+    asyncio.run(act())
+    check(path)
+    assert info(path)["actual-size"] < 8 << 20, "no tables for all of its terabyte"
