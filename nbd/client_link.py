@@ -168,6 +168,11 @@ class Link:
         if self.state is State.HOLDING:
             self._move(State.FAILING)
 
+    def no_more_holding(self) -> None:
+        """Let requests fail that would wait for a reconnect, from now on."""
+        self._delay = 0
+        self.stop_holding()
+
     def _end(self, cause: Exception) -> None:
         self._cause = cause
         self._move(State.ENDED)

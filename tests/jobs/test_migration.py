@@ -7,11 +7,15 @@ write load, between livedisk and livedisk, livedisk and QEMU, QEMU and livedisk.
                                                block-job-cancel, BLOCK_JOB_COMPLETED
     nbd-server-stop, cont                      quit
 
+Then what can go wrong on the way: connections that are cut, a destination that dies, fills up or stalls. Nothing that the
+client was told to be written is lost, and the job says which side it was.
+
 Source: QEMU ``docs/interop/live-block-operations.rst``, "QMP invocation for live storage migration with drive-mirror + NBD".
 """
 
 from __future__ import annotations
 
+import signal
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,11 +24,13 @@ from typing import Any
 
 import pytest
 
-from kit.livedisk import executable
+from kit.cutter import Cutter
+from kit.livedisk import Daemon, executable
+from kit.nbdkit import Nbdkit
 from kit.peers import peer
 from kit.places import free_port
 from kit.process import Process
-from kit.qemu import check, create, read_all
+from kit.qemu import QemuNbd, check, create, read_all
 from kit.qmp import Qmp
 from kit.writer import Writer, now
 
@@ -149,3 +155,148 @@ def test_the_copy_is_of_the_moment_of_the_cancel(short_path: Path) -> None:
         source.wait()
     history.check_moment(read_all(images[1], short_path), before, after)
     history.check_final(read_all(images[0], short_path))
+
+
+# -- faults ------------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def mirrored_source(folder: Path) -> Iterator[tuple[Instance, Writer]]:
+    """A livedisk with a disk that a client writes to."""
+    image = create(folder / "source.qcow2", SIZE)
+    with (
+        instance(folder, "source", ours=True, image=image, fmt="qcow2") as source,
+        Writer(source.serve_guest(), SIZE, folder, **LOAD) as writer,
+    ):
+        yield source, writer
+
+
+def mirror_to(source: Instance, socket: Path, *, export: str = "", delay: int = 0, **options: Any) -> None:
+    server = {"type": "unix", "path": str(socket)}
+    source.qmp.execute(
+        "blockdev-add", driver="nbd", node_name="target", server=server, export=export, reconnect_delay=delay
+    )
+    source.qmp.execute("blockdev-mirror", device="disk", target="target", sync="full", job_id="job0", **options)
+
+
+def offset_of(qmp: Qmp) -> int:
+    jobs: list[dict[str, Any]] = qmp.execute("query-block-jobs")
+    return int(jobs[0]["offset"])
+
+
+def wait_for_offset(qmp: Qmp, offset: int) -> None:
+    deadline = time.monotonic() + 60
+    while offset_of(qmp) < offset:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def finish_copy(source: Instance, writer: Writer, copy: Path, folder: Path) -> None:
+    """READY, the client ends, the mirror ends; source and copy have every write that was acknowledged."""
+    source.qmp.wait_event("BLOCK_JOB_READY", timeout=120)
+    history = writer.finish()
+    source.qmp.execute("block-job-cancel", device="job0")
+    assert "error" not in source.qmp.wait_event("BLOCK_JOB_COMPLETED", timeout=60)
+    source.qmp.execute("blockdev-del", node_name="target")
+    source.qmp.execute("quit")
+    source.wait()
+    history.check_final(read_all(folder / "source.qcow2", folder))
+    history.check_final(copy.read_bytes())
+
+
+@pytest.mark.slow
+def test_a_mirror_goes_on_after_the_destination_was_killed_and_came_back(short_path: Path) -> None:
+    copy = short_path / "copy"
+    copy.write_bytes(b"\xff" * SIZE)
+    with mirrored_source(short_path) as (source, writer):
+        with QemuNbd(short_path, copy, name="t") as target:
+            mirror_to(source, target.socket, delay=60, speed=40 << 20)
+            wait_for_offset(source.qmp, SIZE // 4)
+            target.kill()
+        done = offset_of(source.qmp)
+        time.sleep(0.5)
+        assert source.qmp.execute("query-block-jobs")[0]["status"] == "running"
+        with QemuNbd(short_path, copy, name="t"):
+            source.qmp.execute("block-job-set-speed", device="job0", speed=0)
+            assert offset_of(source.qmp) >= done
+            finish_copy(source, writer, copy, short_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [1, 2])
+def test_a_mirror_through_a_connection_that_is_cut_again_and_again(seed: int, short_path: Path) -> None:
+    copy = short_path / "copy"
+    copy.write_bytes(b"\xff" * SIZE)
+    served = f"driver=raw,node-name=copy,discard=unmap,file.driver=file,file.filename={copy}"
+    with (
+        mirrored_source(short_path) as (source, writer),
+        Daemon(short_path, "--blockdev", served, "--export", "nbd,id=e,node-name=copy,name=copy,writable=on") as target,
+        Cutter(short_path / "cut", target.nbd_socket, mean=400_000, seed=seed) as cutter,
+    ):
+        mirror_to(source, short_path / "cut", export="copy", delay=60)
+        finish_copy(source, writer, copy, short_path)
+        assert cutter.cuts >= 2
+
+
+def test_a_destination_that_dies_fails_the_job_and_not_the_guest(short_path: Path) -> None:
+    copy = short_path / "copy"
+    copy.write_bytes(bytes(SIZE))
+    with mirrored_source(short_path) as (source, writer):
+        with QemuNbd(short_path, copy, name="t") as target:
+            mirror_to(source, target.socket)
+            source.qmp.wait_event("BLOCK_JOB_READY", timeout=60)
+            target.kill()
+            error = source.qmp.wait_event("BLOCK_JOB_ERROR", timeout=60)
+            assert (error["operation"], error["action"]) == ("write", "report")
+            assert source.qmp.wait_event("BLOCK_JOB_COMPLETED", timeout=60)["error"] == "Input/output error"
+        history = writer.finish()
+        source.qmp.execute("blockdev-del", node_name="target")
+        source.qmp.execute("quit")
+        source.wait()
+        assert "NBD server" in source.output()
+    history.check_final(read_all(short_path / "source.qcow2", short_path))
+
+
+def test_a_destination_that_is_full_holds_the_job_until_there_is_room(short_path: Path) -> None:
+    full, copy = short_path / "full", short_path / "copy"
+    full.touch()
+    copy.write_bytes(bytes(SIZE))
+    arguments = ("file", str(copy), "error-pwrite=ENOSPC", "error-pwrite-rate=100%", f"error-pwrite-file={full}")
+    with (
+        mirrored_source(short_path) as (source, writer),
+        Nbdkit(short_path, "--filter=error", *arguments) as target,
+    ):
+        mirror_to(source, target.socket, on_target_error="enospc")
+        error = source.qmp.wait_event("BLOCK_JOB_ERROR", timeout=60)
+        assert (error["operation"], error["action"]) == ("write", "stop")
+        source.qmp.wait_event("JOB_STATUS_CHANGE", lambda data: data["status"] == "paused", timeout=60)
+        assert source.qmp.execute("query-block-jobs")[0]["io-status"] == "nospace"
+        full.unlink()
+        source.qmp.execute("block-job-resume", device="job0")
+        finish_copy(source, writer, copy, short_path)
+
+
+@pytest.mark.parametrize("way", ["cancel", "yank"])
+def test_a_destination_that_is_away_or_stalls_can_be_given_up(way: str, short_path: Path) -> None:
+    copy = short_path / "copy"
+    copy.write_bytes(bytes(SIZE))
+    with mirrored_source(short_path) as (source, writer), QemuNbd(short_path, copy, name="t") as target:
+        mirror_to(source, target.socket, delay=3600, speed=8 << 20)
+        wait_for_offset(source.qmp, 1 << 20)
+        if way == "yank":
+            target.signal(signal.SIGSTOP)
+            source.qmp.execute("block-job-set-speed", device="job0", speed=0)
+            time.sleep(0.2)
+            source.qmp.execute("yank", instances=[{"type": "block-node", "node-name": "target"}])
+            assert "error" in source.qmp.wait_event("BLOCK_JOB_COMPLETED", timeout=60)
+            target.signal(signal.SIGCONT)
+        else:
+            target.kill()
+            time.sleep(0.2)
+            source.qmp.execute("block-job-cancel", device="job0", force=True)
+            source.qmp.wait_event("BLOCK_JOB_CANCELLED", timeout=60)
+        history = writer.finish()
+        source.qmp.execute("blockdev-del", node_name="target")
+        source.qmp.execute("quit")
+        source.wait()
+    history.check_final(read_all(short_path / "source.qcow2", short_path))

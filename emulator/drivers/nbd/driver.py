@@ -18,6 +18,7 @@ see also `livedisk.nbd.client_link`.
 from __future__ import annotations
 
 import errno
+import logging
 import os
 from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final
@@ -35,7 +36,7 @@ from livedisk.emulator.errors import BlockError
 from livedisk.emulator.qmp import yank
 from livedisk.nbd.client_connection import ClientConnection, Secure, open_connection
 from livedisk.nbd.client_handshake import ExportInfo, NegotiationFailed
-from livedisk.nbd.client_link import Link
+from livedisk.nbd.client_link import Link, State
 from livedisk.nbd.client_transmission import NO_FLAGS
 from livedisk.nbd.constants import (
     ALLOCATION_DEPTH,
@@ -51,6 +52,8 @@ from livedisk.nbd.constants import (
 
 if TYPE_CHECKING:
     from livedisk.emulator.block.node import Node
+
+log = logging.getLogger(__name__)
 
 _ZERO_STEP: Final = 64 << 20
 """Bytes zeroed by one request: a server may have to write them."""
@@ -158,9 +161,17 @@ class NbdDriver(Driver):
             raise NegotiationFailed("the export now has other block sizes")
 
     async def close(self) -> None:
+        """What was written is on the server's stable storage, if there still is a server; nobody waits here for one to come
+        back, and that what was written since the last flush may be lost is only logged: a node whose server is gone for good
+        must be possible to close. Raises what the server says to the flush."""
+        self._link.no_more_holding()
         try:
             if self._unflushed:
                 await self.flush()
+        except OSError as error:
+            if self._link.state is State.CONNECTED:
+                raise
+            log.warning("%s: what was written since the last flush may be lost: %s", self._where, error)
         finally:
             yank.unregister(_KIND, self.node.name)
             await self._link.close()
