@@ -21,7 +21,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import sys
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable, Coroutine, Iterable
 from typing import Any
 
 from livedisk.emulator import drivers
@@ -180,6 +180,10 @@ class Daemon:
             from livedisk.emulator.qmp.hmp import HumanMonitor
 
             self._chardevs[name].attach(HumanMonitor(self, self._dispatcher))
+
+    async def exclusively(self, work: Coroutine[Any, Any, None]) -> None:
+        """Run something in turn with the monitors' commands: none of them runs meanwhile."""
+        await self._dispatcher.exclusively(work)
 
     # -- life --------------------------------------------------------------------------------------------------------
     def start(self) -> None:

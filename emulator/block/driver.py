@@ -211,6 +211,15 @@ class Driver(ABC):
         asked of a driver that says `copies_in`. Raises OSError; SourceUnreadable where they cannot be read."""
         raise NotImplementedError(f"driver {self.name} has no copy_in")
 
+    @property
+    def writes_durably(self) -> bool:
+        """Whether `write_durably` is there, and cheaper than a write and a flush."""
+        return False
+
+    async def write_durably(self, offset: int, data: memoryview) -> None:
+        """`write`, and on return it is on stable storage (FUA)."""
+        raise NotImplementedError(f"driver {self.name} has no durable writes")
+
     def start_read(self, offset: int, view: memoryview, ended: Ended) -> bool:
         """Begin `read` without a coroutine, and call ``ended`` when it is over (not from within this call): True; or False, and
         nothing happened: `read` does it. Optional, for speed, for drivers whose requests are waited for and not worked on."""

@@ -376,8 +376,9 @@ class Node:
             request = await self._begin_serialising(offset, len(data), step)
         else:
             request = await self._begin(offset, len(data))
-        await self._do_write(request, offset, data)
-        if fua:
+        durably = fua and self.driver.writes_durably and not self.cache_no_flush
+        await self._do_write(request, offset, data, durably=durably)
+        if fua and not durably:
             await self.flush()
 
     async def write_serialising(self, offset: int, data: memoryview) -> None:
@@ -387,9 +388,9 @@ class Node:
         request = await self._begin_serialising(offset, len(data), self.driver.request_alignment)
         await self._do_write(request, offset, data)
 
-    async def _do_write(self, request: InFlight, offset: int, data: memoryview) -> None:
+    async def _do_write(self, request: InFlight, offset: int, data: memoryview, *, durably: bool = False) -> None:
         try:
-            await self.driver.write(offset, data)
+            await (self.driver.write_durably(offset, data) if durably else self.driver.write(offset, data))
         finally:
             self.written(offset, len(data))
             self._end(request)

@@ -99,7 +99,8 @@ class Builder:
     # -- work --------------------------------------------------------------------------------------------------------
     async def build(self) -> bool:
         """Work the options off. False if a signal ended it before. Raises Refused, HelpShown."""
-        work = asyncio.ensure_future(self._work())
+        # No command of a monitor that is open already sees what is half built (QEMU's main loop does not run yet then).
+        work = asyncio.ensure_future(self.daemon.exclusively(self._work()))
         ended = asyncio.ensure_future(self.daemon.serve())
         await asyncio.wait((work, ended), return_when=asyncio.FIRST_COMPLETED)
         if work.done():

@@ -105,6 +105,14 @@ class RawDriver(Driver):
         self._check_inside(offset, len(extents))
         await self._edge.copy_in(self._offset + offset, extents)
 
+    @property
+    def writes_durably(self) -> bool:
+        return self._edge.node.driver.writes_durably
+
+    async def write_durably(self, offset: int, data: memoryview) -> None:
+        self._check_inside(offset, len(data))
+        await self._edge.node.write(self._offset + offset, data, fua=True)
+
     async def write_zeroes(self, offset: int, length: int, flags: ZeroFlags) -> None:
         self._check_inside(offset, length)
         await self._edge.node.write_zeroes(self._offset + offset, length, flags)

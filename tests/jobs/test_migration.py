@@ -191,9 +191,11 @@ def wait_for_offset(qmp: Qmp, offset: int) -> None:
         time.sleep(0.01)
 
 
-def finish_copy(source: Instance, writer: Writer, copy: Path, folder: Path) -> None:
-    """READY, the client ends, the mirror ends; source and copy have every write that was acknowledged."""
-    source.qmp.wait_event("BLOCK_JOB_READY", timeout=120)
+def finish_copy(source: Instance, writer: Writer, copy: Path, folder: Path, *, ready: bool = False) -> None:
+    """READY (unless it was waited for), the client ends, the mirror ends; source and copy have every write that was
+    acknowledged."""
+    if not ready:
+        source.qmp.wait_event("BLOCK_JOB_READY", timeout=120)
     history = writer.finish()
     source.qmp.execute("block-job-cancel", device="job0")
     assert "error" not in source.qmp.wait_event("BLOCK_JOB_COMPLETED", timeout=60)
@@ -231,11 +233,17 @@ def test_a_mirror_through_a_connection_that_is_cut_again_and_again(seed: int, sh
     with (
         mirrored_source(short_path) as (source, writer),
         Daemon(short_path, "--blockdev", served, "--export", "nbd,id=e,node-name=copy,name=copy,writable=on") as target,
-        Cutter(short_path / "cut", target.nbd_socket, mean=400_000, seed=seed) as cutter,
+        Cutter(short_path / "cut", target.nbd_socket, mean=4 << 20, seed=seed) as cutter,
     ):
         mirror_to(source, short_path / "cut", export="copy", delay=60)
-        finish_copy(source, writer, copy, short_path)
-        assert cutter.cuts >= 2
+        wait_for_offset(source.qmp, 1)
+        cutter.cut()
+        source.qmp.wait_event("BLOCK_JOB_READY", timeout=120)
+        for _ in range(5):
+            time.sleep(0.1)
+            cutter.cut()
+        finish_copy(source, writer, copy, short_path, ready=True)
+        assert cutter.cuts >= 3
 
 
 def test_a_destination_that_dies_fails_the_job_and_not_the_guest(short_path: Path) -> None:

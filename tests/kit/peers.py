@@ -35,6 +35,7 @@ PACKAGES: Final[Mapping[str, str]] = {
     "nbdcopy": "libnbd-bin",
     "nbdsh": "python3-libnbd",
     "nbdkit": "nbdkit",
+    "nbd-server": "nbd-server",
     "fio": "fio",
     "busybox": "busybox-static",
     "cpio": "cpio",

@@ -79,6 +79,7 @@ class NbdDriver(Driver):
         self._context = context if isinstance(context, str) else BASE_ALLOCATION
         self._link = Link(self._connect, self._check, reconnect_delay=options.reconnect_delay, where=self._where)
         self._unflushed = False
+        self._size = self._told_size = 0  # not known before `open` is done, and others may look
 
     @classmethod
     def options_of(cls, filename: str) -> NbdOptions:
@@ -256,6 +257,13 @@ class NbdDriver(Driver):
     # -- writing -----------------------------------------------------------------------------------------------------
     async def write(self, offset: int, data: memoryview) -> None:
         await self._write(offset, data, NO_FLAGS)
+
+    @property
+    def writes_durably(self) -> bool:
+        return bool(self._link.info.flags & TransmissionFlag.SEND_FUA)
+
+    async def write_durably(self, offset: int, data: memoryview) -> None:
+        await self._write(offset, data, CommandFlag.FUA)
 
     async def _write(self, offset: int, data: memoryview, flags: CommandFlag) -> None:
         length = len(data)

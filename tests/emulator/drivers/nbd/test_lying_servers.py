@@ -55,6 +55,7 @@ class Puppet:
         self.answer = answer
         self.greeting = raw.GREETING
         self.requests: list[tuple[int, int, int]] = []
+        self.flags: list[int] = []
         self.clients: list[asyncio.Task[None]] = []
         blocks_info = reply(raw.GO, 3, struct.pack(">HIII", 3, *blocks)) if blocks else b""
         self.options = {
@@ -85,12 +86,13 @@ class Puppet:
             writer.write(self.options[option])
         while True:
             header = await reader.readexactly(28)
-            _, _, command, cookie, offset, length = struct.unpack(">IHHQQI", header)
+            _, flags, command, cookie, offset, length = struct.unpack(">IHHQQI", header)
             if command == raw.DISC:
                 break
             if command == raw.WRITE:
                 await reader.readexactly(length)
             self.requests.append((command, offset, length))
+            self.flags.append(flags)
             sent = self.answer(command, cookie, offset, length)
             if sent is None:
                 break
@@ -319,6 +321,17 @@ def test_block_sizes_that_cannot_be(size: int, blocks: tuple[int, int, int], tex
         async with served(short_path, Puppet(size=size, blocks=blocks)) as options:
             with pytest.raises(BlockError, match=text):
                 await new_graph().open(parse(options))
+
+    run(test)
+
+
+def test_durable_writes_are_one_request(short_path: Path) -> None:
+    async def test() -> None:
+        puppet = Puppet()
+        async with served(short_path, puppet) as options, opened({"driver": "raw", "file": options}) as disk:
+            await disk.write(0, memoryview(bytes(4096)), fua=True)
+            assert puppet.requests == [(raw.WRITE, 0, 4096)]
+            assert puppet.flags == [raw.FUA]
 
     run(test)
 
