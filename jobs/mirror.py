@@ -388,12 +388,6 @@ class MirrorJob(BlockJob):
         """End with the guest on the target."""
         self._completing = True
 
-    def request_cancel(self, *, force: bool) -> None:
-        super().request_cancel(force=force)
-        if self.force_cancelled:  # what waits for a target's server to come back need not
-            for node in (self._target, *self.graph.below(self._target)):
-                node.driver.cancel_in_flight()
-
     def soft_cancel(self) -> bool:
         return self.ready
 
