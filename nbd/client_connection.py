@@ -159,7 +159,7 @@ class ClientConnection:
         self._flush_soon: asyncio.Handle | None = None
         self._blocked = False
         self._long_reads = 0
-        self._received = 0
+        self._queued = self._sent = self._received = 0  # bytes
         self._passed_on = 0  # requests of `start` under way
         self._emptied: asyncio.Future[None] | None = None
         self._loop.add_reader(self._descriptor, self._readable)
@@ -214,6 +214,8 @@ class ClientConnection:
         if payload:
             pending.payload = payload
             self._out.append(payload)
+        self._queued += len(header) + len(payload)
+        pending.sent_by = self._queued
         if command == Command.READ or payload:
             self.bytes += length
             if length >= _STRAIGHT and not payload:
@@ -246,6 +248,7 @@ class ClientConnection:
         try:
             while out:
                 sent = self._stream.sendmsg(tuple(islice(out, _PIECES)))
+                self._sent += sent
                 while out and sent >= len(out[0]):
                     sent -= len(out.popleft())
                 if sent:
@@ -320,7 +323,7 @@ class ClientConnection:
         payload = pending.payload
         if payload is not None:
             self.bytes -= pending.length
-            if self._out:
+            if pending.sent_by > self._sent:
                 self._keep_payload(payload)
         elif pending.command == Command.READ:
             self.bytes -= pending.length
@@ -341,6 +344,7 @@ class ClientConnection:
         if self.error is None:
             header, _ = self._core.request(Command.DISCONNECT, 0, 0)
             self._out.append(header)
+            self._queued += len(header)
             self._flush()
             if self._core.in_flight or self._out:
                 self._emptied = self._loop.create_future()

@@ -92,7 +92,7 @@ class Pending:
 
     ``error`` is the error the server sent, or None; ``extents`` maps the names of contexts to their extents (of a very
     long answer the first `MAX_EXTENTS`). ``holes``: what a READ was told to be holes, as (start, length) behind its offset.
-    ``ranges``: what it was answered so far, sorted, adjacent ones joined. ``payload``, ``waiter``, ``ended``:
+    ``ranges``: what it was answered so far, sorted, adjacent ones joined. ``payload``, ``sent_by``, ``waiter``, ``ended``:
     the shell's.
     """
 
@@ -108,6 +108,7 @@ class Pending:
     ranges: list[tuple[int, int]] = field(default_factory=list)
     holes: list[tuple[int, int]] = field(default_factory=list)
     payload: bytes | bytearray | memoryview | None = None
+    sent_by: int = 0
     waiter: asyncio.Future[Pending] | None = None
     ended: Callable[[Pending | None], None] | None = None
 
