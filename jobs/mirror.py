@@ -147,6 +147,7 @@ class MirrorJob(BlockJob):
             async with self.graph.drained(self._source):
                 self._filter = await insert_filter(self.graph, "mirror_top", self._source, self._plan.filter_name)
                 self._top.commits = self.commits
+                self._top.lack = self._dirty
                 self._follow_writes()
             self.introduce(jobs_of(ctx.daemon), self._filter, self._plan.speed)
             self._reader = self.hold(self._source, "source")

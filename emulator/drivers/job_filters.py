@@ -15,6 +15,7 @@ Source: QEMU ``block/commit.c`` (bdrv_commit_top), ``block/mirror.c`` (bdrv_mirr
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Protocol
 
 from livedisk.emulator.block.driver import Driver, register
@@ -104,12 +105,27 @@ class Mirror(Protocol):
         """Let others in again."""
 
 
+class Lack(Protocol):
+    """What a mirror's target lacks, in bytes, by granules of so many bytes."""
+
+    @property
+    def dirty(self) -> int: ...
+
+    @property
+    def granularity(self) -> int: ...
+
+
 class MirrorTop(JobFilter):
-    """See the module. ``commits``: the target is a node below, so its writers must be shared."""
+    """See the module. ``commits``: the target is a node below, so its writers must be shared. ``lack``: the job's dirty map,
+    which queries show."""
 
     name = "mirror_top"
     mirror: Mirror | None = None
+    lack: Lack | None = None
     commits = False
+
+    def own_bitmaps(self) -> Sequence[tuple[int, int]]:
+        return [(self.lack.granularity, self.lack.dirty)] if self.lack is not None else ()
 
     def map(self, offset: int, length: int) -> Segment:
         return Segment(Kind.DATA, length, self._edge, HostOffset(offset), self.mirror is None)

@@ -127,7 +127,8 @@ async def block_resize(ctx: Context, args: Args) -> str:
     help="copy data from a backing file into a block device",
 )
 async def block_stream(ctx: Context, args: Args) -> str:
-    await ask(ctx, "block-stream", **args)
+    # As QEMU: its job is called as its device is.
+    await ask(ctx, "block-stream", job_id=args["device"], **args)
     return ""
 
 

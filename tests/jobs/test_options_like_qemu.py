@@ -22,7 +22,6 @@ MEANT: Final[dict[str, str]] = {
     r"dirty-bitmaps\[1\].count": "a backup's filter counts what the job copied as kept, QEMU's what it kept itself",
     r"(both required|unshared) by an unnamed block device": "a conflict names the job that it is with",
     r"theirs .Node \w is in use": "what may not be deleted because of a job names the kind of job",
-    r"dirty-bitmaps: theirs .*persistent.*, ours ..absent": "a mirror's dirty map is no bitmap of the filter here",
 }
 """Differences that are meant: a pattern of the text, and the reason."""
 
@@ -500,6 +499,18 @@ $ rm -f e.qcow2 f.qcow2
 (event) BLOCK_JOB_COMPLETED device=j
 (QEMU) block-stream device=E job-id=s base-node=C
 (event) BLOCK_JOB_COMPLETED device=s
+(look)
+""",
+    "the human monitor": """
+(QEMU) human-monitor-command command-line="block_stream D 1M"
+(QEMU) human-monitor-command command-line="block_stream C"
+(QEMU) human-monitor-command command-line="block_job_set_speed D 0"
+(event) BLOCK_JOB_COMPLETED device=D
+(QEMU) human-monitor-command command-line="info block-jobs"
+(QEMU) human-monitor-command command-line="drive_mirror D e.qcow2"
+(QEMU) human-monitor-command command-line="drive_backup x e.qcow2"
+(QEMU) human-monitor-command command-line="commit x"
+(QEMU) human-monitor-command command-line="block_job_cancel x"
 (look)
 """,
 }

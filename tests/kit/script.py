@@ -25,7 +25,9 @@ from kit.livedisk import executable
 from kit.machine import Event, Machine, comparable, differences, told
 from livedisk.emulator.qmp.shell_syntax import command_request, parse_arguments, split_words
 
-STARTS_A_JOB: Final = re.compile(r"block-(stream|commit)|(drive|blockdev)-(mirror|backup)|(block-)?job-|transaction")
+STARTS_A_JOB: Final = re.compile(
+    r"block-(stream|commit)|(drive|blockdev)-(mirror|backup)|(block-)?job-|transaction|blockdev-create|human"
+)
 PROMPT: Final = re.compile(r"\$ |\((QEMU|event|look)\)")
 
 
