@@ -182,13 +182,16 @@ class StoredBitmap:
             yield index
             at = changed.find(1, min((index + 1) * self._bits_a_cluster, len(changed)))
 
-    async def put(self, wanted: bitarray) -> None:
-        """Write what differs from the disk. New clusters count only once the table is written. Raises OSError."""
+    async def put(self, wanted: bitarray) -> bool:
+        """Write what differs from the disk; whether anything did. New clusters count only once the table is written. Raises
+        OSError."""
         self._resize(len(wanted))
-        for index in list(self._differing(wanted)):
+        differing = list(self._differing(wanted))
+        for index in differing:
             first = index * self._bits_a_cluster
             end = min(first + self._bits_a_cluster, len(wanted))
             await self._put_cluster(index, first, end, wanted[first:end])
+        return bool(differing)
 
     async def set(self, first: int, end: int) -> None:
         """Set the bits ``[first, end)`` on the disk, as `put` does."""

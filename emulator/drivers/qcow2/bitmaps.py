@@ -321,10 +321,10 @@ class PersistentBitmaps:
                 await self._publish(mode)
                 return
             bitmaps = self._bitmaps()
-            for stored in self._tracked():
-                await stored.put(self._wanted(stored, bitmaps[stored.name]))
-            await self._put_tables()
-            await self._barrier()
+            changed = [await stored.put(self._wanted(stored, bitmaps[stored.name])) for stored in self._tracked()]
+            if any(changed):
+                await self._put_tables()
+                await self._barrier()
 
     async def _barrier(self) -> None:
         """All bits and tables are on stable storage, and what they replaced may go."""

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from kit.livedisk import Daemon
-from kit.qemu import StorageDaemon, create, qemu_io
+from kit.qemu import StorageDaemon, check, create, info, qemu_img, qemu_io
 from kit.qmp import QmpError
 
 Step = tuple[str, dict[str, Any]] | list[str]
@@ -173,22 +173,79 @@ SCRIPTS: dict[str, list[Step]] = {
 }
 
 
+def reopen(name: str, *, read_only: bool) -> Step:
+    options = {"driver": "qcow2", "node-name": name, "file": f"{name}-file", "read-only": read_only}
+    return "blockdev-reopen", {"options": [options]}
+
+
+SCRIPTS["persistent"] = [
+    LIST,
+    *(act(verb, node="kept", name="lost") for verb in ("clear", "enable", "disable")),
+    merge("lost", "auto", node="kept"),
+    merge("auto", "lost", node="kept"),
+    act("add", node="kept", name="lost"),
+    act("add", node="kept", name="lost", persistent=True),
+    act("add", node="kept", name="new", persistent=True, granularity=4096),
+    act("add", node="old", persistent=True),
+    act("add", node="a", name="x" * 1023, persistent=True),
+    sha("auto", node="kept"),
+    ("block_resize", {"node-name": "kept", "size": 16 << 20}),
+    act("remove", node="kept", name="lost"),
+    ("block_resize", {"node-name": "kept", "size": 16 << 20}),
+    LIST,
+    reopen("kept", read_only=True),
+    *(act(verb, node="kept", name="auto") for verb in ("clear", "remove", "disable", "enable")),
+    merge("auto", "off", node="kept"),
+    act("enable", node="kept", name="off"),
+    act("add", node="kept", name="volatile"),
+    act("clear", node="kept", name="volatile"),
+    LIST,
+    reopen("kept", read_only=False),
+    act("clear", node="kept", name="auto"),
+    act("remove", node="kept", name="auto"),
+    transaction(act("remove", node="kept", name="off"), act("add", node="kept", name="p", persistent=True), ABORT),
+    LIST,
+    transaction(act("remove", node="kept", name="off"), act("add", node="kept", name="p", persistent=True)),
+    LIST,
+]
+
+
+def kept(folder: Path) -> None:
+    """An image with a bitmap that records, one that does not, and one that is inconsistent."""
+    path = create(folder / "kept.qcow2", "8M")
+    qemu_img("bitmap", "--add", path, "lost")
+    qemu_img("bitmap", "--add", path, "auto")
+    qemu_img("bitmap", "--add", "--disable", "-g", "4096", path, "off")
+    qemu_io(path, "write 1M 100k")
+    raw = bytearray(path.read_bytes())
+    extension = raw.index(bytes.fromhex("23852875"), 104) + 8
+    directory = int.from_bytes(raw[extension + 16 : extension + 24], "big")
+    assert raw[directory + 24 : directory + 28] == b"lost"
+    raw[directory + 15] |= 1  # in use
+    path.write_bytes(raw)
+
+
 def options(folder: Path) -> list[str]:
     given: list[str] = []
+    kept(folder)
     for name, size, how in (
         ("a", "8M", ""),
         ("b", "8M", ""),
         ("small", "4M", ""),
         ("big", "4M", "cluster_size=2M"),
         ("tiny", "4M", "cluster_size=512"),
+        ("old", "4M", "compat=0.10"),
+        ("kept", "", ""),
     ):
-        create(folder / f"{name}.qcow2", size, options=how)
+        if size:
+            create(folder / f"{name}.qcow2", size, options=how)
         file = {"driver": "file", "filename": str(folder / f"{name}.qcow2"), "node-name": f"{name}-file"}
         given += ["--blockdev", json.dumps({"driver": "qcow2", "node-name": name, "file": file})]
     return [*given, "--blockdev", "driver=null-co,node-name=null,size=1073741824,read-zeroes=on"]
 
 
 def play(peer: type[StorageDaemon], folder: Path, script: list[Step]) -> list[Any]:
+    """The replies, and at the end what the images say of their bitmaps."""
     folder.mkdir()
     replies: list[Any] = []
     with peer(folder, *options(folder)) as daemon, daemon.qmp(timeout=20) as qmp:
@@ -203,6 +260,10 @@ def play(peer: type[StorageDaemon], folder: Path, script: list[Step]) -> list[An
             if step is LIST:
                 answer = sorted((node["node-name"], node.get("dirty-bitmaps")) for node in answer)
             replies.append(answer)
+    for name in ("a", "kept"):
+        check(folder / f"{name}.qcow2")
+        stored = info(folder / f"{name}.qcow2")["format-specific"]["data"].get("bitmaps", [])
+        replies.append(sorted((one["name"], one["granularity"], one["flags"]) for one in stored))
     return replies
 
 
@@ -210,7 +271,7 @@ def play(peer: type[StorageDaemon], folder: Path, script: list[Step]) -> list[An
 def test_replies_and_bitmaps_are_those_of_qemu(name: str, short_path: Path) -> None:
     theirs = play(StorageDaemon, short_path / "q", SCRIPTS[name])
     ours = play(Daemon, short_path / "l", SCRIPTS[name])
-    asked = [step for step in SCRIPTS[name] if not isinstance(step, list)]
+    asked = [*(step for step in SCRIPTS[name] if not isinstance(step, list)), "bitmaps of a", "bitmaps of kept"]
     for step, one, other in zip(asked, theirs, ours, strict=True):
         assert other == one, step
 
