@@ -22,6 +22,7 @@ from livedisk.emulator.errors import BlockError, LiveDiskError, ParameterError
 
 if TYPE_CHECKING:
     from livedisk.emulator.block.node import Node
+    from livedisk.emulator.block.options import BlockdevOptions
     from livedisk.emulator.drivers.qcow2.check import CheckResult
     from livedisk.emulator.drivers.qcow2.create import CreateOptions
 
@@ -210,21 +211,27 @@ def _on_off(value: Any) -> str:
 # -- opening -----------------------------------------------------------------------------------------------------------
 @asynccontextmanager
 async def opened(path: str, fmt: str, *, writable: bool = False, force_share: bool = False) -> AsyncIterator[Node]:
-    """The image open in a graph of its own; ``fmt`` "file" is the file itself."""
+    """The image open in a graph of its own; ``fmt`` "file" is the file, or the export that an NBD name means, itself."""
     from livedisk.emulator.block.backend import BlockBackend
+    from livedisk.emulator.block.driver import DRIVERS, driver_class
+    from livedisk.emulator.block.gate import protocol_options
     from livedisk.emulator.block.permissions import Perm
     from livedisk.emulator.daemon import Daemon
     from livedisk.emulator.qmp.registry import load_plugins
 
     load_plugins()
     graph = (daemon := Daemon()).graph
-    options: dict[str, Any] = {"driver": "file", "filename": path}
-    if fmt != "file":
-        options = {"driver": fmt, "file": options}
-    options |= {"read-only": not writable, "force-share": force_share}
+    settings: dict[str, Any] = {"read_only": not writable, "force_share": force_share}
+    remote = any(path.partition(":")[0] in driver.protocols for driver in DRIVERS.values()) and ":" in path
+    file = protocol_options(graph, path) if remote else daemon.parse_options({"driver": "file", "filename": path})
+    if fmt == "file":
+        options = msgspec.structs.replace(file, **settings)
+    else:
+        make: Callable[..., BlockdevOptions] = driver_class(fmt).Options
+        options = make(driver=fmt, file=file, **settings)
     backend = BlockBackend(graph)
     try:
-        node = await graph.open(daemon.parse_options(options))
+        node = await graph.open(options)
         perm = Perm.CONSISTENT_READ | (Perm.WRITE | Perm.RESIZE if writable else Perm.NONE)
         # Who looks at the bare file of a format shares it as the format would: with nobody who writes.
         bare = fmt == "file" and not force_share

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -11,12 +12,12 @@ from typing import Any
 import pytest
 from contract.disks import opened, read
 
-from kit.livedisk import Daemon
+from kit.livedisk import Daemon, livedisk
 from kit.nbdkit import Nbdkit
 from kit.peers import peer
 from kit.places import pattern
 from kit.process import Process
-from kit.qemu import QemuNbd, StorageDaemon, check, create, qemu_img, qemu_io, read_all
+from kit.qemu import QemuNbd, StorageDaemon, check, create, info, qemu_img, qemu_io, read_all
 from livedisk.emulator.block.backend import BlockBackend
 from livedisk.emulator.block.status import block_status
 from livedisk.emulator.block.types import ZeroFlags
@@ -208,3 +209,16 @@ def test_snapshots_over_an_export_and_jobs_on_them(short_path: Path) -> None:
         qmp.execute("quit")
         daemon.wait()
         assert read_all(short_path / "two", short_path) == before
+
+
+def test_img_takes_names_of_exports(short_path: Path) -> None:
+    image = create(short_path / "image", SIZE)
+    with QemuNbd(short_path, image) as server:
+        for name in (server.uri, f"nbd:unix:{server.socket}"):
+            ours = json.loads(livedisk("img", "info", "-f", "qcow2", "--output=json", name).stdout)
+            theirs = info(name, "-f", "qcow2")
+            for one in (ours, theirs):
+                one.pop("children", None)
+            assert ours == theirs
+        refused = livedisk("img", "info", "-f", "raw", f"nbd:unix:{short_path}/nobody", expect=1)
+        assert f"Failed to connect to '{short_path}/nobody': No such file or directory" in refused.stderr
