@@ -263,12 +263,12 @@ class Run:
             return lambda: run("block-stream", job_id="j", device="source", **auto)
         base = disks.empty("base", row.target, self.size)
         above = disks.above(base)
+        active = disks.empty("active", "qcow2", self.size, backing=above)
         disks.warm()
         self._node("base", base, read_only=True)
         if row.kind == "active commit":
             self._node("source", above, backing="base")
             return lambda: run("block-commit", job_id="j", device="source", **auto)
-        active = disks.empty("active", "qcow2", self.size, backing=above)
         self._node("above", above, backing="base", read_only=True)
         self._node("source", active, backing="above")
         return lambda: run("block-commit", job_id="j", device="source", top_node="above", **auto)
