@@ -6,6 +6,8 @@ import time
 from collections import deque
 from typing import Final
 
+SLICE: Final = 0.1
+"""Seconds of its time that a job may make up for (QEMU's BLOCK_JOB_SLICE_TIME)."""
 LOOKS: Final = 12
 LOOK_EVERY: Final = 0.25
 """A pace is that of the last three seconds."""
@@ -14,8 +16,9 @@ LOOK_EVERY: Final = 0.25
 class RateLimit:
     """Accounts what was moved and says how long to wait. ``speed`` is bytes a second; 0: no limit.
 
-    What is moved may be late for its turn, never early: after a chunk of n bytes the next waits n / speed seconds from when
-    the chunk was due. As with QEMU, the first chunk after a pause goes at once.
+    After a chunk of n bytes the next waits n / speed seconds from when the chunk was due, so that one that came late for its
+    turn does not slow the job down; what was missed by more than `SLICE` is lost. As with QEMU, the first chunk after a pause
+    goes at once.
     """
 
     def __init__(self) -> None:
@@ -25,12 +28,12 @@ class RateLimit:
     def set(self, speed: int) -> None:
         """Another limit, from now on."""
         self.speed = speed
-        self._due = 0.0
+        self._due = time.monotonic()
 
     def account(self, length: int) -> None:
         """``length`` bytes were moved."""
         if self.speed:
-            self._due = max(self._due, time.monotonic()) + length / self.speed
+            self._due = max(self._due, time.monotonic() - SLICE) + length / self.speed
 
     def delay(self) -> float:
         """Seconds until the next bytes may be moved; 0: at once."""
