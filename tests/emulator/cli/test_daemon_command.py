@@ -86,10 +86,7 @@ def test_usage_errors_exit_with_2(words: list[str], message: str) -> None:
         (["--nbd-server", "foo"], "Expected '=' after parameter 'foo'"),
         (["-name", "foo,bar=1"], "Invalid parameter 'bar'"),
         (["-uuid", "zz"], "failed to parse UUID string: wrong format"),
-        (
-            ["-incoming", "tcp:localhost:1"],
-            "a migration cannot come in here yet; '-incoming defer' only holds the guest",
-        ),
+        (["-incoming", "bogus:x"], "unknown migration protocol: bogus:x"),
         (["--trace", "x"], "there is no tracing; a Python profiler such as py-spy shows what the process does"),
         (["-daemonize", "-monitor", "stdio"], "cannot use stdio with -daemonize"),
     ],
