@@ -17,6 +17,7 @@ import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
@@ -100,19 +101,22 @@ class Monitor:
 @dataclass(frozen=True)
 class Row:
     """``kind``: mirror, backup, stream, commit or active commit. ``source``, ``target``: formats. ``guest``: what fio does
-    meanwhile ("randread", "randwrite"), or None. ``wanted``: least ratio of MB/s, of the guest's IOPS."""
+    meanwhile ("randread", "randwrite"), or None. ``remote``: the target is an export of a second daemon of the same kind.
+    ``wanted``: least ratio of MB/s, of the guest's IOPS."""
 
     kind: str
     source: str
     target: str
     guest: str | None = None
     sparse: bool = False
+    remote: bool = False
     wanted: float = 2.0
     wanted_guest: float = 2.0
 
     @property
     def name(self) -> str:
         parts = [self.kind.replace(" ", "-"), self.source, self.target, "sparse" if self.sparse else "", self.guest or ""]
+        parts.append("remote" if self.remote else "")
         return "-".join(part for part in parts if part)
 
     @property
@@ -120,6 +124,8 @@ class Row:
         what = f"{self.kind}, {self.source} to {self.target}"
         if self.sparse:
             return f"{what}, in 1 TiB"
+        if self.remote:
+            return f"{what}, to another daemon over NBD"
         return f"{what}, while the guest does {self.guest}" if self.guest else what
 
 
@@ -136,6 +142,8 @@ ROWS: Final = (
     Row("commit", "qcow2", "qcow2"),
     Row("active commit", "qcow2", "qcow2"),
     Row("mirror", "qcow2", "qcow2", sparse=True, wanted=1.0),
+    Row("mirror", "raw", "raw", remote=True, wanted=1.5),
+    Row("mirror", "qcow2", "qcow2", remote=True, wanted=1.5),
     Row("mirror", "raw", "qcow2", guest="randread", wanted=1.0),
     Row("mirror", "raw", "qcow2", guest="randwrite", wanted=1.0),
     Row("backup", "qcow2", "qcow2", guest="randread", wanted=1.0),
@@ -227,9 +235,10 @@ class Sample:
 class Run:
     """One row on one daemon, once."""
 
-    def __init__(self, row: Row, daemon: _Empty, disks: Disks) -> None:
+    def __init__(self, row: Row, daemon: _Empty, disks: Disks, there: _Empty | None = None) -> None:
         self.row = row
         self.daemon = daemon
+        self.there = there
         self.disks = disks
         self.size = disks.size
         self.monitor = Monitor(daemon)
@@ -242,6 +251,16 @@ class Run:
         self.monitor.run("blockdev-add", driver=driver, node_name=name, file=file, read_only=read_only, **extra)
         return name
 
+    def _far_node(self, name: str, path: Path, there: _Empty) -> None:
+        """Open the image in the other daemon, and its export here."""
+        monitor = Monitor(there)
+        file = {"driver": "file", "filename": str(path), "aio": qemu_aio()}
+        monitor.run("blockdev-add", driver=path.suffix[1:], node_name="t", file=file, discard="unmap")
+        monitor.run("block-export-add", type="nbd", id="t", node_name="t", name="t", writable=True)
+        monitor.close()
+        server = {"type": "unix", "path": str(there.nbd_socket)}
+        self.monitor.run("blockdev-add", driver="nbd", node_name=name, server=server, export="t")
+
     def prepare(self) -> Callable[[], None]:
         """Make and open the disks; gives what starts the job ``j``."""
         row, disks, run = self.row, self.disks, self.monitor.run
@@ -251,7 +270,10 @@ class Run:
             target = disks.empty("target", row.target, SPARSE if row.sparse else self.size)
             disks.warm()
             self._node("source", path)
-            self._node("target", target)
+            if self.there is None:
+                self._node("target", target)
+            else:
+                self._far_node("target", target, self.there)
             command = f"blockdev-{row.kind}"
             return lambda: run(command, job_id="j", device="source", target="target", sync="full", **auto)
         if row.kind == "stream":
@@ -401,8 +423,9 @@ def measure_jobs(rows: list[Row], folder: Path, plan: Plan, tell: Tell) -> JobsR
     turns = list(_turns(rows, plan.runs))
     for done, (row, daemon, number) in enumerate(turns):
         tell(f"{row.title}, {daemon.name}, run {number + 1}", done / len(turns))
-        with daemon(()) as running:
-            run = Run(row, running, disks)
+        with ExitStack() as stack:
+            there = stack.enter_context(daemon(())) if row.remote else None
+            run = Run(row, stack.enter_context(daemon(())), disks, there)
             try:
                 sample = run.beside_a_guest(plan.seconds) if row.guest else run.copy()
             finally:
