@@ -45,7 +45,7 @@ from livedisk.emulator.qmp.context import Context
 from livedisk.jobs.block_job import BlockJob, JobBackend
 from livedisk.jobs.chains import chain, links
 from livedisk.jobs.commands import BlockJobChangeOptionsMirror, MirrorCopyMode, jobs_of
-from livedisk.jobs.copy import LANES, OPERATION, PIECE, STEP, ZERO_STEP, CopyFailed, Lanes, Side, copy_range, lanes_into
+from livedisk.jobs.copy import LANES, OPERATION, PIECE, STEP, ZERO_STEP, CopyFailed, Lanes, Side, copy_range
 from livedisk.jobs.dirty import DirtyMap
 from livedisk.jobs.filters import insert_filter, remove_filter, skip_filters
 from livedisk.jobs.rate import Pace
@@ -125,7 +125,9 @@ class MirrorJob(BlockJob):
         self._unit = _whole_unit(target, plan)
         self._granularity = max(plan.granularity, self._unit)
         self._dirty = DirtyMap(source.size, self._granularity)
-        self._lanes = Lanes(max(1, min(lanes_into(target), plan.memory // STEP)))
+        # All lanes, also where the kernel moves the bytes: what a guest dirties meanwhile comes in small pieces, and with fewer
+        # at once a mirror does not catch up with a guest that writes without pause.
+        self._lanes = Lanes(max(1, min(LANES, plan.memory // STEP)))
         self._filter: Node | None = None
         self._reader: JobBackend
         self._writer: JobBackend
