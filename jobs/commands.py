@@ -158,7 +158,7 @@ async def job_pause(ctx: Context, args: JobId) -> None:
     _job(ctx, args.id).user_pause()
 
 
-@command("block-job-pause", allow_preconfig=True, features=("deprecated",))
+@command("block-job-pause", allow_preconfig=True)
 async def block_job_pause(ctx: Context, args: BlockJobDevice) -> None:
     """As job-pause."""
     _block_job(ctx, args.device).user_pause()
@@ -170,7 +170,7 @@ async def job_resume(ctx: Context, args: JobId) -> None:
     _job(ctx, args.id).user_resume()
 
 
-@command("block-job-resume", allow_preconfig=True, features=("deprecated",))
+@command("block-job-resume", allow_preconfig=True)
 async def block_job_resume(ctx: Context, args: BlockJobDevice) -> None:
     """As job-resume."""
     _block_job(ctx, args.device).user_resume()
@@ -204,7 +204,7 @@ async def job_complete(ctx: Context, args: JobId) -> None:
     _job(ctx, args.id).user_complete()
 
 
-@command("block-job-complete", allow_preconfig=True, features=("deprecated",))
+@command("block-job-complete", allow_preconfig=True)
 async def block_job_complete(ctx: Context, args: BlockJobDevice) -> None:
     """As job-complete."""
     _block_job(ctx, args.device).user_complete()
@@ -216,7 +216,7 @@ async def job_finalize(ctx: Context, args: JobId) -> None:
     await _job(ctx, args.id).user_finalize()
 
 
-@command("block-job-finalize", allow_preconfig=True, features=("deprecated",))
+@command("block-job-finalize", allow_preconfig=True)
 async def block_job_finalize(ctx: Context, args: JobId) -> None:
     """As job-finalize."""
     await _block_job(ctx, args.id).user_finalize()
@@ -228,7 +228,7 @@ async def job_dismiss(ctx: Context, args: JobId) -> None:
     _job(ctx, args.id).user_dismiss()
 
 
-@command("block-job-dismiss", allow_preconfig=True, features=("deprecated",))
+@command("block-job-dismiss", allow_preconfig=True)
 async def block_job_dismiss(ctx: Context, args: JobId) -> None:
     """As job-dismiss."""
     _block_job(ctx, args.id).user_dismiss()

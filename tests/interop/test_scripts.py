@@ -20,7 +20,7 @@ TOUR = ROOT / "scripts" / "tour.py"
 def test_quickstarts_tour_loses_nothing_and_leaves_sound_images(tmp_path: Path) -> None:
     images = tmp_path / "a-folder-with-a-name-that-is-too-long-for-a-unix-socket" / ("x" * 80)
     done = run([sys.executable, TOUR, "--seconds=2", "--snapshots=3", "--size=16", f"--keep={images}"], timeout=120)
-    assert "Nothing was lost: 3 live snapshots and four jobs" in done.stdout
+    assert "Nothing was lost: 3 snapshots, four jobs and a migration" in done.stdout
     for what in (
         "backup of",
         "stream:",

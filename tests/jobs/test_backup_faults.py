@@ -149,5 +149,5 @@ def test_a_cancel_frees_the_guest_from_a_target_that_waits_to_reconnect(short_pa
         writing.join(20)
         assert not writing.is_alive()
         found.ended("BLOCK_JOB_CANCELLED")
-        found.daemon.stop(expect=1)  # what was written to the target could not be flushed
+        found.daemon.stop(expect=0)  # what was written to the target may be lost: that is logged, and no failure
         assert found.content("s")[512 << 10 : 576 << 10] == NEW * (64 << 10)

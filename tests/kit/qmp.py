@@ -56,7 +56,10 @@ class Qmp:
             except OSError:
                 self._socket.close()
                 raise
-        self.greeting: dict[str, Any] = self.receive()["QMP"]
+        # An event of before may come first, where somebody who only looked took the greeting of this connection's predecessor.
+        while "QMP" not in (first := self.receive()):
+            self.events.append(first)
+        self.greeting: dict[str, Any] = first["QMP"]
         if negotiate:
             self.execute("qmp_capabilities", **({"enable": ["oob"]} if oob else {}))
 

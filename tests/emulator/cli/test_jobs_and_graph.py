@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import pty
@@ -87,7 +88,9 @@ def test_wait_ends_with_one_if_a_job_failed(daemon: StorageDaemon) -> None:
 def test_watch_prints_what_changes_until_it_is_interrupted(daemon: StorageDaemon) -> None:
     mirror(daemon)
     command = [executable(), "jobs", str(daemon.qmp_socket), "--watch", "--interval=0.05"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as child:
+    # A test run in the background ignores SIGINT, and so would its children.
+    heed = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, preexec_fn=heed) as child:
         assert child.stdout is not None
         for line in child.stdout:
             if "ready" in line:

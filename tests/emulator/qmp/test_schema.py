@@ -235,6 +235,7 @@ def test_arguments_of_all_commands_are_qemus(theirs: list[Entry]) -> None:
 
 def test_features_of_commands_are_qemus(theirs: list[Entry]) -> None:
     importlib.import_module("livedisk.emulator.daemon")
+    importlib.import_module("livedisk.jobs.plugin")
     entries = schema(registry, known_events())
     known = {entry["name"]: entry.get("features", []) for entry in theirs if entry["meta-type"] == "command"}
     # savevm, which the feature is about, is not ours.
