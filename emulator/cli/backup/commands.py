@@ -18,9 +18,10 @@ from livedisk.emulator.cli.backup import manifest as folder_of
 from livedisk.emulator.cli.backup import take as taking
 from livedisk.emulator.cli.backup.manifest import BackupError, Checkpoint, Kind
 from livedisk.emulator.cli.backup.moment import Moment, held, scratch_folder
-from livedisk.emulator.cli.backup.report import Bars, Silent, TerminalBars, columns, human
+from livedisk.emulator.cli.backup.report import Silent, TerminalBars, columns
 from livedisk.emulator.cli.backup.source import find_disks
 from livedisk.emulator.cli.backup.take import Order, Plan
+from livedisk.emulator.cli.figures import human_bytes
 from livedisk.emulator.errors import LiveDiskError
 from livedisk.emulator.qmp.client import QmpClient
 
@@ -170,7 +171,8 @@ def _tell_plans(plans: list[Plan], *, as_json: bool) -> None:
         return
     for plan in plans:
         clock = "of unknown duration (no earlier run tells)" if plan.seconds is None else f"about {plan.seconds:.1f} s"
-        click.echo(f"{plan.disk.name}: {plan.kind} into {plan.file}, at most {human(plan.expected)}, {clock}: {plan.reason}")
+        most = human_bytes(plan.expected)
+        click.echo(f"{plan.disk.name}: {plan.kind} into {plan.file}, at most {most}, {clock}: {plan.reason}")
 
 
 def _tell_checkpoint(checkpoint: Checkpoint, *, as_json: bool) -> None:
@@ -178,7 +180,7 @@ def _tell_checkpoint(checkpoint: Checkpoint, *, as_json: bool) -> None:
         _print_json(checkpoint)
         return
     for name, image in checkpoint.images.items():
-        took = f"{human(image.copied)} copied in {image.seconds:.1f} s"
+        took = f"{human_bytes(image.copied)} copied in {image.seconds:.1f} s"
         click.echo(f"checkpoint {checkpoint.number}: {name}: {image.kind} ({image.reason}): {image.file}, {took}")
         if not image.persistent:
             click.echo(f"note: {name}: its image keeps no bitmaps, so tracking ends with the emulator", err=True)
@@ -204,7 +206,7 @@ def list_command(folder: Path, as_json: bool) -> None:
                         checkpoint.time,
                         name,
                         str(image.kind),
-                        human(image.file_size),
+                        human_bytes(image.file_size),
                         image.file,
                         image.reason,
                     ]
@@ -247,12 +249,12 @@ def verify_command(
         with folder_of.locked(folder), _bars(as_json) as bars:
             manifest = folder_of.load(folder)
             checkpoints = manifest.checkpoints if number is None else [manifest.find(number)]
-            images = [image for checkpoint in checkpoints for image in _chosen(checkpoint, disks, folder).values()]
+            images = [image for checkpoint in checkpoints for image in _chosen(checkpoint, disks).values()]
             if not images:
                 raise BackupError(f"{folder} holds no checkpoint of {', '.join(disks) or 'any disk'}")
             findings = await verify_files(folder, manifest, images, bars)
             if against is not None and not findings.problems:
-                newest = _chosen(manifest.find(None), disks, folder)
+                newest = _chosen(manifest.find(None), disks)
                 async with await QmpClient.connect(against, timeout=timeout) as qmp:
                     with scratch_folder(scratch) as place:
                         server = str(nbd_socket.resolve()) if nbd_socket is not None else str(place / "nbd")
@@ -266,7 +268,8 @@ def verify_command(
         else:
             click.echo(f"{findings.files} files checked")
             if against is not None and not findings.problems:
-                click.echo(f"live disks: {human(findings.compared)} the same, {human(findings.changed)} written since")
+                same, changed = human_bytes(findings.compared), human_bytes(findings.changed)
+                click.echo(f"live disks: {same} the same, {changed} written since")
         for problem in findings.problems:
             click.echo(f"livedisk backup: {problem}", err=True)
         return 1 if findings.problems else 0
@@ -274,7 +277,7 @@ def verify_command(
     _run(work)
 
 
-def _chosen(checkpoint: Checkpoint, disks: tuple[str, ...], folder: Path) -> dict[str, Any]:
+def _chosen(checkpoint: Checkpoint, disks: tuple[str, ...]) -> dict[str, Any]:
     return {name: image for name, image in checkpoint.images.items() if not disks or name in disks}
 
 
@@ -375,5 +378,3 @@ async def _meanwhile(command: str | None) -> int:
         await process.wait()
         raise
 
-
-__all__ = ["Bars", "backup"]

@@ -6,6 +6,8 @@ import sys
 from types import TracebackType
 from typing import TYPE_CHECKING, Protocol, Self
 
+from livedisk.emulator.cli.figures import human_bytes
+
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
 
@@ -70,21 +72,12 @@ class TerminalBars:
         if self._progress is None:
             if done >= total and title not in self._told:
                 self._told.add(title)
-                print(f"{title}: {human(total)}", file=sys.stderr)
+                print(f"{title}: {human_bytes(total)}", file=sys.stderr)
             return
         bar = self._bars.get(title)
         if bar is None:
             bar = self._bars[title] = self._progress.add_task(title, total=total)
         self._progress.update(bar, completed=done, total=total)
-
-
-def human(size: float) -> str:
-    """Bytes for people: ``1.5 GiB``."""
-    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
-        if size < 1024 or unit == "TiB":
-            break
-        size /= 1024
-    return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
 
 
 def columns(rows: list[list[str]]) -> str:
