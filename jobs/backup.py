@@ -69,8 +69,8 @@ class BitmapMode(enum.StrEnum):
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """How to back up. ``speed``: bytes a second; ``max_chunk`` (0: no limit), ``min_cluster_size``: bytes; ``cbw_timeout``:
-    seconds, 0: none."""
+    """How to back up. ``speed``: bytes a second; ``max_chunk`` (0: no limit), ``min_cluster_size``: bytes; ``offload``: whether
+    the kernel may copy from file to file; ``cbw_timeout``: seconds, 0: none."""
 
     id: str | None
     sync: Sync
@@ -79,6 +79,7 @@ class Plan:
     speed: int = 0
     compress: bool = False
     discard_source: bool = False
+    offload: bool = True
     max_workers: int = 64
     max_chunk: int = 0
     min_cluster_size: int = 0
@@ -161,6 +162,7 @@ class BackupJob(BlockJob):
         self._filter = node
         self._driver.watcher = self
         self._driver.compressed = plan.compress
+        self._driver.offloads = plan.offload
         self._driver.discard_source = plan.discard_source
         try:
             await put_on(self.graph, node, self._source)

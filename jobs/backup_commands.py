@@ -44,9 +44,10 @@ MAX_WORKERS = (1 << 31) - 1
 
 class BackupPerf(QapiStruct):
     """How a backup works. ``max-workers``: copies at once at most (no more than ours are ever made); ``max-chunk`` (0: no limit),
-    ``min-cluster-size``: bytes. ``use-copy-range``: whether the host may copy by itself, file to file."""
+    ``min-cluster-size``: bytes. ``use-copy-range``: whether the kernel may copy from file to file; unlike QEMU it may, unless
+    told otherwise."""
 
-    use_copy_range: bool = False
+    use_copy_range: bool = True
     max_workers: int = 64
     max_chunk: int = 0
     min_cluster_size: Size = 0
@@ -176,6 +177,7 @@ async def _set_up(ctx: Context, args: BackupOptions, sync: Sync, source: Node, t
         speed=args.speed,
         compress=args.compress,
         discard_source=args.discard_source,
+        offload=perf.use_copy_range,
         max_workers=perf.max_workers,
         max_chunk=perf.max_chunk,
         min_cluster_size=perf.min_cluster_size,

@@ -72,33 +72,34 @@ async def copy_range(
     detect_zeroes: bool = False,
     compressed: bool = False,
     leave_zeroes: bool = False,
+    offload: bool = True,
 ) -> None:
     """Make the target read as the source does in the range (bytes, inside both).
 
     ``flags``: how zeroes are written; ``detect_zeroes``: look for them in data too; ``compressed``: write data compressed, for
     which the range must be whole clusters of the target (but for its end); ``leave_zeroes``: write none where the target reads
-    as zeroes already (not for one that will get a backing file). Raises CopyFailed; what was copied by then stays.
+    as zeroes already (not for one that will get a backing file); ``offload``: the kernel may move data.
+    Raises CopyFailed; what was copied by then stays.
     """
     _check(source, target, offset, length)
-    copier = _Copier(source, target, flags, detect_zeroes=detect_zeroes, compressed=compressed)
-    copier.leave_zeroes = leave_zeroes
+    copier = _Copier(source, target, flags)
+    copier.detect_zeroes, copier.leave_zeroes, copier.compressed = detect_zeroes, leave_zeroes, compressed
+    copier.offloads = copier.offloads and offload and not compressed
     await copier.run(offset, offset + length)
 
 
 class _Copier:
-    """One call of `copy_range`. ``grain``: bytes that the target maps, or compresses, as one."""
+    """One call of `copy_range`. ``grain``: bytes that the target maps, or compresses, as one; ``offloads``: whether the kernel
+    moves data where it can."""
 
-    leave_zeroes = False
-
-    def __init__(self, source: Edge, target: Edge, flags: ZeroFlags, *, detect_zeroes: bool, compressed: bool) -> None:
+    def __init__(self, source: Edge, target: Edge, flags: ZeroFlags) -> None:
         self.source = source
         self.target = target
         self.flags = flags
-        self.detect_zeroes = detect_zeroes
-        self.compressed = compressed
+        self.detect_zeroes = self.leave_zeroes = self.compressed = False
         self.grain = grain_of(target.node)
         self._of_target = {target.node, *target.node.graph.below(target.node)}
-        self._offloads = not compressed and target.node.driver.copies_in and source.node not in self._of_target
+        self.offloads = target.node.driver.copies_in and source.node not in self._of_target
 
     async def run(self, offset: int, end: int) -> None:
         while offset < end:
@@ -142,7 +143,7 @@ class _Copier:
     async def _move(self, offset: int, length: int) -> int:
         """Copy data at ``offset``; gives how many bytes of it."""
         grain, size = self.grain, self.target.node.size
-        if not self._offloads or length <= SMALL:
+        if not self.offloads or length <= SMALL:
             return await self._through_memory(offset, min(length, STEP))
         if inside := offset % grain:
             return await self._through_memory(offset, min(length, grain - inside))

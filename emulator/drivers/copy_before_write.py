@@ -96,8 +96,9 @@ class Watcher(Protocol):
 
 
 class CopyBeforeWrite(Driver):
-    """See the module. A job sets, before it begins: ``watcher``; ``compressed`` (data is written compressed); ``discard_source``
-    (what was copied is discarded from the disk); ``base`` (what only layers below it hold is not copied)."""
+    """See the module. A job sets, before it begins: ``watcher``; ``compressed`` (data is written compressed); ``offloads`` (the
+    kernel may copy); ``discard_source`` (what was copied is discarded from the disk);
+    ``base`` (what only layers below it hold is not copied)."""
 
     name = "copy-before-write"
     Options = CopyBeforeWriteOptions
@@ -109,6 +110,7 @@ class CopyBeforeWrite(Driver):
         graph, options = self.node.graph, self.options
         self.watcher: Watcher | None = None
         self.compressed = False
+        self.offloads = True
         self.discard_source = False
         self.base: Node | None = None
         self._late: set[asyncio.Task[None]] = set()
@@ -314,7 +316,8 @@ class CopyBeforeWrite(Driver):
         offset, length = held.start, held.length
         if not await self._nothing_to_write(held):
             target = _Ordered(self._target) if self._is_fleecing() else self._target
-            await copy_range(self._edge, target, offset, length, flags=ZeroFlags.MAY_UNMAP, compressed=self.compressed)
+            how = {"compressed": self.compressed, "offload": self.offloads}
+            await copy_range(self._edge, target, offset, length, flags=ZeroFlags.MAY_UNMAP, **how)
         if self.discard_source:
             try:
                 await self._edge.node.discard(offset, length)

@@ -95,6 +95,7 @@ SCRIPTS: dict[str, list[Step]] = {
     "none": [backup(sync="none"), *BOTH, c("job-pause", id="j"), "paused", *BOTH, c("job-cancel", id="j"), "null"],
     "compressed": [backup(compress=True), "null"],
     "into clusters of its own size": [backup(x_perf={"min-cluster-size": 1 << 20, "max-workers": 1}), "null"],
+    "through memory": [backup(x_perf={"use-copy-range": False}), "null"],
     "in chunks": [backup(x_perf={"max-chunk": 65536, "use-copy-range": True}), "null"],
     "held at the end": [
         backup(auto_finalize=False, auto_dismiss=False),
