@@ -3,6 +3,9 @@
 # What scripts/quickstart and scripts/test share: a private Python environment, and packages from Debian where needed.
 # Sourced, never run. Expects ROOT, the checkout.
 
+# Where Python may not keep bytecode, every process compiles all of livedisk anew: half a second of each start.
+unset PYTHONDONTWRITEBYTECODE
+
 say() { printf '\033[1m%s\033[0m\n' "scripts/${0##*/}: $*"; }
 die() { printf 'scripts/%s: error: %s\n' "${0##*/}" "$*" >&2; exit 1; }
 
