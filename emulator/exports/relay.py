@@ -47,7 +47,7 @@ class Servers:
                 problem = error
                 continue
             if name != self.current:
-                log.warning("the export is at %s", name)
+                log.info("the export is at %s", name)
             self.current = name
             self._ways.insert(0, self._ways.pop(place))
             return connection

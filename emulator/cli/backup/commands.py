@@ -180,7 +180,7 @@ def _tell_checkpoint(checkpoint: Checkpoint, *, as_json: bool) -> None:
         _print_json(checkpoint)
         return
     for name, image in checkpoint.images.items():
-        took = f"{human_bytes(image.copied)} copied in {image.seconds:.1f} s"
+        took = f"{human_bytes(image.copied)} in {image.seconds:.1f} s"
         click.echo(f"checkpoint {checkpoint.number}: {name}: {image.kind} ({image.reason}): {image.file}, {took}")
         if not image.persistent:
             click.echo(f"note: {name}: its image keeps no bitmaps, so tracking ends with the emulator", err=True)
