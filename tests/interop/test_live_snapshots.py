@@ -34,7 +34,7 @@ def running(folder: Path) -> Iterator[tuple[Process, Qmp]]:
     disk."""
     arguments = [executable(), "daemon", *COMMAND_LINE.split()]
     with Process(arguments, log=folder / "daemon.log", cwd=folder, stdin=subprocess.PIPE) as daemon:
-        daemon.wait_for_socket(folder / "qmp-sock", bound_as="./qmp-sock")
+        daemon.wait_for_socket(folder / "qmp-sock")
         with Qmp(folder / "qmp-sock") as qmp:
             address = {"type": "unix", "data": {"path": str(folder / "nbd")}}
             qmp.execute("nbd-server-start", addr=address)

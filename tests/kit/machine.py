@@ -40,8 +40,8 @@ class Machine(Process):
         self.events: list[Event] = []
         self._waited: dict[tuple[str, str], int] = {}
         try:
-            self.wait_for_socket(folder / socket, bound_as=f"./{socket}")
-            self.qmp: Qmp = self.wait_until(lambda: _connected(folder / socket), "answering")
+            self.wait_for_socket(folder / socket)
+            self.qmp = Qmp(folder / socket, timeout=20)
         except BaseException:
             self.kill()
             raise
@@ -86,14 +86,6 @@ class Machine(Process):
         while self.qmp.events:
             event = self.qmp.events.popleft()
             self.events.append((event["event"], event.get("data", {})))
-
-
-def _connected(path: Path) -> Qmp | None:
-    """A connection, or None as long as the socket is there but nobody listens: others of the same relative name may."""
-    try:
-        return Qmp(path, timeout=20)
-    except ConnectionRefusedError:
-        return None
 
 
 def comparable(value: Any, folder: Path) -> Any:

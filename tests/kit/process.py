@@ -7,9 +7,9 @@ failure here quotes, because what the child said last is what explains the failu
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
-import socket
 import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -46,6 +46,7 @@ class Process:
     ) -> None:
         self.arguments = [os.fspath(a) for a in arguments]
         self.log = log
+        self.cwd = cwd or Path.cwd()
         self.started = time.monotonic()
         with log.open("ab") as output:
             self.child: subprocess.Popen[bytes] = subprocess.Popen(
@@ -93,18 +94,13 @@ class Process:
                 raise ProcessFailed(f"not within {timeout} s: {what}: {self.describe()}")
             time.sleep(0.005)
 
-    def wait_for_socket(self, path: Path, *, bound_as: str | None = None, timeout: float = 20) -> None:
-        """Wait until the child listens on a Unix socket, without connecting to it: a QMP server would take that for
-        its client.
+    def wait_for_socket(self, path: Path, *, timeout: float = 20) -> None:
+        """Wait until the child listens on a Unix socket, which it may have been told relative to its folder."""
+        self.wait_until(lambda: path in self._unix_sockets(), f"listening on {path}", timeout=timeout)
 
-        ``bound_as`` is how the child names the path, if it was told a relative one.
-        """
-        name = bound_as or os.fspath(path)
-        self.wait_until(lambda: path.exists() and _listening(name), f"listening on {path}", timeout=timeout)
-
-    def wait_for_port(self, port: int, host: str = "127.0.0.1", *, timeout: float = 20) -> None:
-        """Wait until the child accepts TCP connections."""
-        self.wait_until(lambda: _connectable(host, port), f"listening on {host}:{port}", timeout=timeout)
+    def wait_for_port(self, port: int, *, timeout: float = 20) -> None:
+        """Wait until the child listens on a TCP port, at whatever address."""
+        self.wait_until(lambda: port in self._tcp_ports(), f"listening on port {port}", timeout=timeout)
 
     def wait_for_output(self, text: str, *, timeout: float = 20) -> None:
         self.wait_until(lambda: text in self.output(), f"printing {text!r}", timeout=timeout)
@@ -138,6 +134,31 @@ class Process:
         pages = int(Path(f"/proc/{self.pid}/statm").read_text().split()[1])
         return pages * os.sysconf("SC_PAGE_SIZE")
 
+    # Whether the child listens is looked up, never tried: a QMP server would take that for its client. And the sockets must be
+    # the child's own: others that run beside this test have sockets of the same relative name.
+
+    def _unix_sockets(self) -> set[Path]:
+        # Columns: Num RefCount Protocol Flags Type St Inode Path; flag 0x10000 is SO_ACCEPTCON.
+        rows = [line.split(maxsplit=7) for line in Path("/proc/net/unix").read_text().splitlines()[1:]]
+        own = self._inodes()
+        return {self.cwd / row[7] for row in rows if len(row) == 8 and int(row[3], 16) & 0x10000 and row[6] in own}
+
+    def _tcp_ports(self) -> set[int]:
+        # Columns: sl local_address rem_address st ... inode (the tenth); state 0A is TCP_LISTEN.
+        tables = [table for table in (Path("/proc/net/tcp"), Path("/proc/net/tcp6")) if table.exists()]
+        rows = [line.split() for table in tables for line in table.read_text().splitlines()[1:]]
+        own = self._inodes()
+        return {int(row[1].rpartition(":")[2], 16) for row in rows if row[3] == "0A" and row[9] in own}
+
+    def _inodes(self) -> set[str]:
+        """Of the child's open sockets; none when it has ended."""
+        found = set()
+        with contextlib.suppress(OSError):
+            for entry in Path(f"/proc/{self.pid}/fd").iterdir():
+                with contextlib.suppress(FileNotFoundError):  # closed meanwhile
+                    found.add(os.readlink(entry).removeprefix("socket:[").removesuffix("]"))
+        return found
+
     def __enter__(self) -> Self:
         return self
 
@@ -154,20 +175,3 @@ class Process:
             self.child.stdin.close()
         if error is not None and not isinstance(error, ProcessFailed):
             error.add_note(self.describe())
-
-
-def _listening(name: str) -> bool:
-    # Columns of /proc/net/unix: Num RefCount Protocol Flags Type St Inode Path; flag 0x10000 is SO_ACCEPTCON.
-    for line in Path("/proc/net/unix").read_text().splitlines()[1:]:
-        columns = line.split(maxsplit=7)
-        if len(columns) == 8 and columns[7] == name and int(columns[3], 16) & 0x10000:
-            return True
-    return False
-
-
-def _connectable(host: str, port: int) -> bool:
-    try:
-        socket.create_connection((host, port), timeout=1).close()
-    except OSError:
-        return False
-    return True

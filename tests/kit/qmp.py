@@ -51,17 +51,24 @@ class Qmp:
         else:
             self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
             self._socket.settimeout(timeout)
-            try:
+        try:
+            if not isinstance(address, tuple):
                 self._socket.connect(str(address))
-            except OSError:
-                self._socket.close()
-                raise
-        # An event of before may come first, where somebody who only looked took the greeting of this connection's predecessor.
+            self.greeting: dict[str, Any] = self._greeting()
+            if negotiate:
+                self.execute("qmp_capabilities", **({"enable": ["oob"]} if oob else {}))
+        except BaseException:
+            self._socket.close()
+            raise
+
+    def _greeting(self) -> dict[str, Any]:
+        """What a server says first. QEMU may tell an event before it, of a moment when its monitor's thread has accepted a
+        client and not yet greeted it (RESUME, where it has just started); ours must not."""
         while "QMP" not in (first := self.receive()):
             self.events.append(first)
-        self.greeting: dict[str, Any] = first["QMP"]
-        if negotiate:
-            self.execute("qmp_capabilities", **({"enable": ["oob"]} if oob else {}))
+        greeting: dict[str, Any] = first["QMP"]
+        assert not self.events or "livedisk" not in greeting["version"]["package"], f"before the greeting: {self.events}"
+        return greeting
 
     def execute(self, command: str, /, **arguments: Any) -> Any:
         """Run a command and return what it returns. In names ``_`` stands for ``-`` (``node_name=...``); for the few

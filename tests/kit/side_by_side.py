@@ -10,7 +10,6 @@ from __future__ import annotations
 import difflib
 import json
 import re
-import secrets
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -62,12 +61,10 @@ def step(command: str, /, **arguments: Any) -> Step:
 @contextmanager
 def session(command: Sequence[str], folder: Path, options: Sequence[str] = MACHINE) -> Iterator[Qmp]:
     """A peer started in ``folder``, with a QMP connection."""
-    # A name of its own: that somebody listens is looked up by the name alone, and other sessions run beside this one.
-    name = f"./qmp-{secrets.token_hex(4)}"
-    arguments = [*command, *options, "-qmp", f"unix:{name},server=on,wait=off"]
+    arguments = [*command, *options, "-qmp", "unix:./qmp,server=on,wait=off"]
     with Process(arguments, log=folder / "log", cwd=folder) as process:
-        process.wait_for_socket(folder / name, bound_as=name)
-        with Qmp(folder / name) as qmp:
+        process.wait_for_socket(folder / "qmp")
+        with Qmp(folder / "qmp") as qmp:
             yield qmp
 
 

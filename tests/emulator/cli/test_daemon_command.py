@@ -33,7 +33,7 @@ def running(
 
 
 def qmp_of(process: Process, folder: Path, name: str = "q") -> Qmp:
-    process.wait_for_socket(folder / name, bound_as=f"./{name}")
+    process.wait_for_socket(folder / name)
     return Qmp(folder / name)
 
 
@@ -233,7 +233,7 @@ def test_several_monitors_serve_at_once_and_all_hear_events(short_path: Path) ->
         qmp_of(process, short_path, "a") as one,
         socket.socket(socket.AF_UNIX) as two,
     ):
-        process.wait_for_socket(short_path / "b", bound_as="./b")
+        process.wait_for_socket(short_path / "b")
         two.connect(str(short_path / "b"))
         assert b'\r\n    "QMP": {' in two.recv(1 << 16)
         two.sendall(b'{"execute": "qmp_capabilities"}')
@@ -289,7 +289,7 @@ def test_signals_end_it_cleanly_and_announce_it(short_path: Path, number: signal
 
 def test_a_signal_ends_the_wait_for_a_first_client(short_path: Path) -> None:
     with running(short_path, "-qmp", "unix:./q,server=on", "-blockdev", DISK) as process:
-        process.wait_for_socket(short_path / "q", bound_as="./q")
+        process.wait_for_socket(short_path / "q")
         time.sleep(0.1)
         assert process.stop(expect=0) == 0
     assert not (short_path / "q").exists()

@@ -292,7 +292,7 @@ def images(folder: Path) -> None:
 def started(command: list[str], folder: Path) -> Iterator[Qmp]:
     arguments = [*command, *QEMU, "-qmp", "unix:./qmp,server=on,wait=off", *DISK, *DEVICE]
     with Process(arguments, log=folder / "log", cwd=folder) as process:
-        process.wait_for_socket(folder / "qmp", bound_as="./qmp")
+        process.wait_for_socket(folder / "qmp")
         with Qmp(folder / "qmp") as qmp:
             yield qmp
 
