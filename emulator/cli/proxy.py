@@ -55,12 +55,18 @@ Exit status:
 @click.option(
     "--tls", type=click.Path(exists=True, file_okay=False), metavar="DIR", help="Use TLS towards the servers."
 )
-@click.option("--tls-hostname", metavar="NAME", help="The name in the servers' certificates. Default: each one's host.")
+@click.option(
+    "--tls-hostname",
+    metavar="NAME",
+    help="The name in the servers' certificates. Default: each one's host, or localhost on a Unix socket.",
+)
 def proxy(
     uris: tuple[str, ...], path: str, name: str | None, delay: float, tls: str | None, tls_hostname: str | None
 ) -> None:
     from livedisk.emulator.cli.process import log_to_stderr, run_loop
 
+    if tls_hostname is not None and tls is None:
+        raise click.UsageError("--tls-hostname: only with --tls")
     log_to_stderr()
     raise SystemExit(run_loop(lambda: _run(uris, path, name, delay, tls, tls_hostname)))
 
@@ -87,6 +93,9 @@ async def _run(
         await ended.wait()
     except (LiveDiskError, NegotiationFailed, OSError) as error:
         click.echo(f"livedisk proxy: {getattr(error, 'strerror', None) or error}", err=True)
+        hint = getattr(error, "hint", "")
+        if hint:
+            click.echo(hint, err=True)
         return 1
     finally:
         await server.close()
@@ -103,6 +112,9 @@ def _way(uri: str, tls: str | None, hostname: str | None) -> tuple[tuple[str, Co
     from livedisk.nbd.client_connection import ClientConnection, open_connection
     from livedisk.nbd.constants import BASE_ALLOCATION
 
+    if uri.lower().startswith("nbds"):
+        # It would name an object with credentials, of which there are none here; to go on in plain text is no answer.
+        raise LiveDiskError(f"'{uri}': not supported here", hint="Write nbd: for nbds:, and say --tls DIR.")
     options = parse(uri)
     export = options.export if isinstance(options.export, str) else ""
     secure = None

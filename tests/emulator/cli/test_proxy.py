@@ -117,3 +117,15 @@ def test_tls_towards_the_server(short_path: Path, tmp_path: Path) -> None:
 def test_what_cannot_be_served(short_path: Path, uri: str) -> None:
     refused = livedisk("proxy", "--socket", f"{short_path}/s", uri, expect=1)
     assert refused.stderr.startswith("livedisk proxy: ")
+
+
+def test_tls_is_never_dropped_in_silence(short_path: Path, tmp_path: Path) -> None:
+    image = write_file(tmp_path / "d", b"", size=SIZE)
+    with server(short_path, image, 1):
+        uri = place(short_path, 1)
+        named = uri.replace("nbd+unix", "nbds+unix") + "&tls-creds=t"
+        refused = livedisk("proxy", "--socket", f"{short_path}/s", named, expect=1)
+        assert f"'{named}': not supported here" in refused.stderr
+        assert "--tls DIR" in refused.stderr
+        refused = livedisk("proxy", "--socket", f"{short_path}/s", uri, "--tls-hostname", "x", expect=2)
+        assert "--tls-hostname: only with --tls" in refused.stderr
