@@ -110,11 +110,10 @@ async def connect(address: AnyAddress) -> socket.socket:
 
 
 async def _connect_unix(address: UnixAddress) -> socket.socket:
-    name = os.fsencode(address.path)
-    if len(name) + address.abstract > UNIX_PATH:
-        raise ConnectFailed(errno.ENAMETOOLONG, f"UNIX socket path '{address.path}' is too long")
-    if address.abstract:
-        name = b"\0" + name if address.tight else (b"\0" + name).ljust(UNIX_PATH, b"\0")
+    try:
+        name = unix_name(address)
+    except ValueError as error:
+        raise ConnectFailed(errno.ENAMETOOLONG, str(error)) from None
     return await _connected(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM), name, address.path)
 
 
@@ -125,9 +124,11 @@ async def _connect_inet(address: InetAddress) -> socket.socket:
     if address.numeric:
         flags |= socket.AI_NUMERICHOST | socket.AI_NUMERICSERV
     try:
-        found = await loop.getaddrinfo(
-            address.host, address.port, family=inet_family(address), type=socket.SOCK_STREAM, flags=flags
-        )
+        family = inet_family(address)
+    except ValueError as error:
+        raise ConnectFailed(errno.EINVAL, str(error)) from None
+    try:
+        found = await loop.getaddrinfo(address.host, address.port, family=family, type=socket.SOCK_STREAM, flags=flags)
     except (socket.gaierror, UnicodeError) as error:
         text = error.strerror if isinstance(error, socket.gaierror) else "Name or service not known"
         raise ConnectFailed(errno.EINVAL, f"address resolution failed for {place}: {text}") from None
@@ -161,11 +162,24 @@ async def _connected(sock: socket.socket, where: Any, name: str) -> socket.socke
     return sock
 
 
+def unix_name(address: Unix) -> bytes:
+    """What the kernel is told for a path or an abstract name. Raises ValueError with QEMU's text where it is too long."""
+    name = os.fsencode(address.path)
+    if len(name) + address.abstract > UNIX_PATH:
+        raise ValueError(f"UNIX socket path '{address.path}' is too long")
+    if not address.abstract:
+        return name
+    return b"\0" + name if address.tight else (b"\0" + name).ljust(UNIX_PATH, b"\0")
+
+
 def inet_family(address: Inet) -> socket.AddressFamily:
-    """The family asked for. Turning one off leaves the other; turning both on, or saying nothing, leaves both."""
+    """The family asked for. Turning one off leaves the other; turning both on, or saying nothing, leaves both.
+
+    Raises ValueError with QEMU's text.
+    """
     four, six = address.ipv4, address.ipv6
     if four is False and six is False:
-        raise ConnectFailed(errno.EINVAL, "Cannot disable IPv4 and IPv6 at same time")
+        raise ValueError("Cannot disable IPv4 and IPv6 at same time")
     if six is False or (four is True and six is not True):
         return socket.AF_INET
     if four is False or (six is True and four is not True):
@@ -178,10 +192,13 @@ def _take_descriptor(address: FdAddress) -> socket.socket:
         raise ConnectFailed(errno.EBADF, f"File descriptor named '{address.str}' has not been found")
     try:
         # A copy, so that closing the connection leaves the number to whoever gave it to us.
-        sock = socket.socket(fileno=os.dup(int(address.str)))
+        copy = os.dup(int(address.str))
+    except (OSError, OverflowError):
+        raise ConnectFailed(errno.EBADF, f"File descriptor named '{address.str}' has not been found") from None
+    try:
+        sock = socket.socket(fileno=copy)
     except OSError as error:
-        if error.errno == errno.EBADF:
-            raise ConnectFailed(error.errno, f"File descriptor named '{address.str}' has not been found") from None
+        os.close(copy)
         raise ConnectFailed(error.errno, f"File descriptor '{address.str}' is not a socket") from None
     sock.setblocking(False)
     return sock

@@ -7,12 +7,10 @@ from __future__ import annotations
 
 import asyncio
 import errno
-import os
 import socket
 from typing import TYPE_CHECKING, Any, Final
 
-from livedisk.emulator.block.sockets import UNIX_PATH as _UNIX_PATH
-from livedisk.emulator.block.sockets import Fd, Inet, Unix, Vsock
+from livedisk.emulator.block.sockets import UNIX_PATH, Fd, Inet, Unix, Vsock, inet_family, unix_name
 from livedisk.emulator.errors import LiveDiskError
 
 if TYPE_CHECKING:
@@ -45,14 +43,13 @@ async def listen(server: NbdServer, address: Address) -> None:
 
 def _listen_unix(server: NbdServer, address: Unix) -> None:
     path = address.path
+    try:
+        name = unix_name(address)
+    except ValueError as error:
+        raise ListenError(str(error), hint=f"Path must be less than {UNIX_PATH} bytes") from None
     if address.abstract:
-        server.listen_socket(_bind_abstract(path, tight=address.tight))
+        server.listen_socket(_bind_abstract(path, name))
         return
-    if len(os.fsencode(path)) > _UNIX_PATH:
-        raise ListenError(
-            f"UNIX socket path '{path}' is too long",
-            hint=f"Path must be less than {_UNIX_PATH} bytes",
-        )
     try:
         server.listen_unix(path)
     except OSError as error:
@@ -60,17 +57,14 @@ def _listen_unix(server: NbdServer, address: Unix) -> None:
         raise ListenError(text if path in text else f"Failed to bind socket to {path}: {text}") from None
 
 
-def _bind_abstract(name: str, *, tight: bool) -> socket.socket:
-    raw = b"\0" + os.fsencode(name)
-    if len(raw) > _UNIX_PATH:
-        raise ListenError(f"UNIX socket path '{name}' is too long", hint=f"Path must be less than {_UNIX_PATH} bytes")
+def _bind_abstract(shown: str, name: bytes) -> socket.socket:
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
-        sock.bind(raw if tight else raw.ljust(_UNIX_PATH, b"\0"))
+        sock.bind(name)
         sock.listen(_BACKLOG)
     except OSError as error:
         sock.close()
-        raise ListenError(f"Failed to bind socket to {name}: {error.strerror}") from None
+        raise ListenError(f"Failed to bind socket to {shown}: {error.strerror}") from None
     return sock
 
 
@@ -83,8 +77,8 @@ def _listen_fd(server: NbdServer, address: Fd) -> None:
         raise ListenError(f"File descriptor named '{text}' has not been found")
     try:
         server.listen_fd(int(text))
-    except OSError as error:
-        if error.errno == errno.EBADF:
+    except (OSError, OverflowError) as error:
+        if isinstance(error, OverflowError) or error.errno == errno.EBADF:
             raise ListenError(f"File descriptor named '{text}' has not been found") from None
         raise ListenError(f"File descriptor '{text}' is not a socket") from None
 
@@ -94,7 +88,10 @@ def _listen_fd(server: NbdServer, address: Fd) -> None:
 
 async def _bind_inet(address: Inet) -> list[socket.socket]:
     """A socket for each address that the host has; with ``to``, all on the first port that is free."""
-    family = _family(address)
+    try:
+        family = inet_family(address)
+    except ValueError as error:
+        raise ListenError(str(error)) from None
     flags = socket.AI_PASSIVE | (socket.AI_NUMERICHOST | socket.AI_NUMERICSERV if address.numeric else 0)
     try:
         found = await asyncio.get_running_loop().getaddrinfo(
@@ -116,18 +113,6 @@ async def _bind_inet(address: Inet) -> list[socket.socket]:
                 raise ListenError(f"Failed to bind socket: {error.strerror}") from None
     assert problem is not None
     raise ListenError(f"Failed to find an available port: {problem.strerror}")
-
-
-def _family(address: Inet) -> socket.AddressFamily:
-    """The family asked for. Turning one off leaves the other; turning both on, or saying nothing, leaves both."""
-    four, six = address.ipv4, address.ipv6
-    if four is False and six is False:
-        raise ListenError("Cannot disable IPv4 and IPv6 at same time")
-    if six is False or (four is True and six is not True):
-        return socket.AF_INET
-    if four is False or (six is True and four is not True):
-        return socket.AF_INET6
-    return socket.AF_UNSPEC
 
 
 def _bind_all(found: list[Any], port: int, address: Inet) -> list[socket.socket]:

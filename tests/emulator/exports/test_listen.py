@@ -125,6 +125,7 @@ def test_an_inherited_descriptor() -> None:
     [
         (FdAddress(str="foo"), "File descriptor named 'foo' has not been found"),
         (FdAddress(str="987"), "File descriptor named '987' has not been found"),
+        (FdAddress(str="9" * 20), f"File descriptor named '{'9' * 20}' has not been found"),
         (VsockAddress(cid="1", port="2"), "socket family AF_VSOCK unsupported"),
         (InetAddress(host="127.0.0.1", port="5", to=4), "port range '5-4' is empty: 'to' is below 'port'"),
         (UnixAddress(path="x" * 120, abstract=True), f"UNIX socket path '{'x' * 120}' is too long"),
