@@ -67,7 +67,6 @@ class BufferPool:
         if len(self._spare) < _SPARE:
             self._spare.append(buffer)
 
-
     def take_part(self, size: int) -> memoryview:
         """``size`` bytes of a buffer that is the caller's alone; for longer pieces, whose fresh pages would cost as much as the
         copy of what they hold."""

@@ -28,6 +28,7 @@ from .client_handshake import ClientHandshake, ExportInfo, NegotiationFailed
 from .client_transmission import NO_FLAGS, ClientTransmission, Pending, ProtocolError
 from .constants import Command, CommandFlag, ReplyMode
 from .poller import UPSTREAM
+from .readiness import readable, writable
 
 Buffer = bytes | bytearray | memoryview
 
@@ -106,38 +107,20 @@ async def open_connection(
 
 
 async def _send_all(stream: Stream, data: bytes) -> None:
-    loop = asyncio.get_running_loop()
     while data:
         try:
             data = data[stream.sendmsg((data,)) :]
         except (BlockingIOError, InterruptedError):
-            await _ready(stream, loop.add_writer, loop.remove_writer)
+            await writable(stream.fileno())
 
 
 async def _receive_some(stream: Stream) -> bytes:
-    loop = asyncio.get_running_loop()
     room = bytearray(1 << 16)
     while True:
         try:
             return bytes(room[: stream.recv_into(memoryview(room))])
         except (BlockingIOError, InterruptedError):
-            await _ready(stream, loop.add_reader, loop.remove_reader)
-
-
-def _settle(ready: asyncio.Future[None]) -> None:
-    if not ready.done():
-        ready.set_result(None)
-
-
-async def _ready(stream: Stream, add: Callable[..., None], remove: Callable[[int], object]) -> None:
-    """Wait until the stream is ready for what ``add`` watches for."""
-    ready: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-    descriptor = stream.fileno()
-    add(descriptor, _settle, ready)
-    try:
-        await ready
-    finally:
-        remove(descriptor)
+            await readable(stream.fileno())
 
 
 class ClientConnection:

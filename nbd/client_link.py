@@ -29,7 +29,7 @@ import enum
 import errno
 import logging
 import os
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from functools import partial
 from typing import Final
@@ -38,6 +38,7 @@ from .client_connection import Buffer, ClientConnection, lost
 from .client_handshake import ExportInfo, NegotiationFailed
 from .client_transmission import NO_FLAGS, Pending, ProtocolError
 from .constants import Command, CommandFlag, TransmissionFlag
+from .export import Ended
 
 log = logging.getLogger(__name__)
 
@@ -53,10 +54,6 @@ _WIDE: Final = 2 << 20
 """Bytes under way on every connection for which another one is worth while."""
 _IDLE: Final = 5.0
 """Seconds after which a further connection that was not needed is closed."""
-
-
-Ended = Callable[[OSError | None, Sequence[tuple[int, int]]], None]
-"""Told of a request's end: its error or None, and what a READ was told to be holes, as (start, length) behind its offset."""
 
 
 class State(enum.Enum):

@@ -20,7 +20,6 @@ decided by `ServerTls.admit` after the handshake.
 
 from __future__ import annotations
 
-import asyncio
 import enum
 import socket
 import ssl
@@ -30,6 +29,7 @@ from dataclasses import dataclass
 from typing import Any, Final, cast
 
 from .client_handshake import NegotiationFailed
+from .readiness import readable, writable
 
 _RECEIVE: Final = 256 << 10
 """Bytes of ciphertext taken from the socket at once, and of plaintext handed over before the caller gets its turn."""
@@ -266,25 +266,10 @@ class ClientTls:
 
         Raises `NegotiationFailed`.
         """
-        loop = asyncio.get_running_loop()
         stream = TlsStream(sock, self.context, server_side=False, server_hostname=self.hostname)
         try:
             while (want := stream.handshake()) is not Want.NOTHING:
-                ready: asyncio.Future[None] = loop.create_future()
-                reads = want is Want.READ
-                watch, forget = (
-                    (loop.add_reader, loop.remove_reader) if reads else (loop.add_writer, loop.remove_writer)
-                )
-                watch(sock.fileno(), _settle, ready)
-                try:
-                    await ready
-                finally:
-                    forget(sock.fileno())
+                await (readable if want is Want.READ else writable)(sock.fileno())
         except OSError as error:
             raise NegotiationFailed(f"TLS handshake failed: {reason_of(error)}") from error
         return stream
-
-
-def _settle(ready: asyncio.Future[None]) -> None:
-    if not ready.done():
-        ready.set_result(None)
