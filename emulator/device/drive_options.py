@@ -91,19 +91,21 @@ async def read(
         raise BlockError(f"unsupported bus type '{bus}'")
     if bus not in ("none", "virtio"):
         raise BlockError(f"if={bus}: there is no such bus here; use if=virtio, or if=none and -device")
-    name, unit = _name(given, str(bus), list(present))
+    name, bus_number, unit = _name(given, str(bus), list(present))
     write_cache = _cache(given)
     error = {kind: _policy(given, kind) for kind in ("werror", "rerror")}
     snapshot, copy_on_read = given.switch("snapshot"), given.switch("copy-on-read")
     group, limits = given.take("throttling.group") or "", _limits(given)
-    for stats in ("stats-account-invalid", "stats-account-failed"):
-        given.switch(stats, default=True)
+    account = {name: given.switch(f"stats-{name}", default=True) for name in ("account-invalid", "account-failed")}
     node = await _node(graph, given, warn)
+    if copy_on_read and node is not None and node.read_only is True:
+        warn("disabling copy-on-read on read-only drive")
     if limits.any:
         limits.check()
     return DriveSpec(
         name=name,
         interface=str(bus),
+        bus=bus_number,
         unit=unit,
         node=node,
         write_cache=write_cache,
@@ -113,6 +115,8 @@ async def read(
         snapshot=snapshot,
         limits=limits if limits.any else None,
         group=group,
+        account_invalid=account["account-invalid"],
+        account_failed=account["account-failed"],
     )
 
 
@@ -123,21 +127,21 @@ def _check_media(media: str | None) -> None:
         raise BlockError("media=cdrom: there are no removable media here; readonly=on makes a disk that is only read")
 
 
-def _name(given: _Given, bus: str, present: list[DriveSpec]) -> tuple[str, int]:
-    """The drive's name, and its number on its bus."""
-    index, unit, bus_number = given.number("index"), given.number("unit"), given.number("bus")
-    if index is not None and (bus_number is not None or unit is not None):
+def _name(given: _Given, interface: str, present: list[DriveSpec]) -> tuple[str, int, int]:
+    """The drive's name, the number of its bus, and its own number there."""
+    index, unit, bus = given.number("index"), given.number("unit"), given.number("bus") or 0
+    if index is not None and (bus or unit is not None):
         raise BlockError("index cannot be used with bus and unit")
-    place = index if index is not None else unit
-    used = {one.unit for one in present if one.interface == bus}
-    if place is None:
-        place = next(number for number in range(len(used) + 1) if number not in used)
-    name = given.take("id") or f"{bus}{place}"
+    name = given.take("id")
     if any(one.name == name for one in present):
         raise BlockError(f"Duplicate ID '{name}' for drive")
+    place = index if index is not None else unit
+    used = {one.unit for one in present if (one.interface, one.bus) == (interface, bus)}
+    if place is None:
+        place = next(number for number in range(len(used) + 1) if number not in used)
     if place in used:
-        raise BlockError(f"drive with bus=0, unit={place} (index={place}) exists")
-    return name, place
+        raise BlockError(f"drive with bus={bus}, unit={place} (index={-1 if index is None else index}) exists")
+    return name or f"{interface}{place}", bus, place
 
 
 def _cache(given: _Given) -> bool:

@@ -16,7 +16,7 @@ import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -39,11 +39,12 @@ if TYPE_CHECKING:
 @dataclass(frozen=True, kw_only=True)
 class DriveSpec:
     """What is to be made. ``node``: options of the node, None for a drive without medium. ``interface``: "virtio": it gets a
-    device of its own; "none": it waits for one. ``unit``: its number
-    there. ``limits``: of the throttle group ``group``, or None."""
+    device of its own; "none": it waits for one. ``bus``, ``unit``: its place there. ``limits``: of the throttle group
+    ``group``, or None. ``account_invalid``, ``account_failed``: as `Accounting` has them, unless the device says otherwise."""
 
     name: str
     interface: str
+    bus: int = 0
     unit: int
     node: BlockdevOptions | None
     write_cache: bool = True
@@ -53,17 +54,20 @@ class DriveSpec:
     snapshot: bool = False
     limits: Limits | None = None
     group: str = ""
+    account_invalid: bool = True
+    account_failed: bool = True
 
 
 @dataclass(eq=False)
 class Drive:
-    """One drive. ``device``: the one that is on it; ``scratch``: a temporary image that ends with it."""
+    """One drive. ``accounting``: of what it is asked to do, which a device on it goes on with; ``device``: the one that is on
+    it; ``scratch``: a temporary image that ends with it."""
 
     spec: DriveSpec
     backend: BlockBackend
+    accounting: Accounting
     device: VirtioBlk | None = None
     scratch: str = ""
-    accounting: Accounting = field(default_factory=Accounting)
 
     @property
     def name(self) -> str:
@@ -104,7 +108,9 @@ class Drives:
             raise BlockError(f"Device name '{spec.name}' conflicts with an existing node name")
         backend = BlockBackend(self._graph, spec.name)
         backend.user_name = spec.name
-        drive = Drive(spec, backend)
+        drive = Drive(
+            spec, backend, Accounting(account_invalid=spec.account_invalid, account_failed=spec.account_failed)
+        )
         try:
             if spec.node is not None:
                 node = await self._open(drive, spec.node)
@@ -124,11 +130,8 @@ class Drives:
         return drive
 
     async def _open(self, drive: Drive, options: BlockdevOptions) -> Node:
-        spec = drive.spec
-        if spec.snapshot:
-            return await self._open_overlay(drive, options)
-        node = await self._graph.open(options)
-        if spec.copy_on_read and not node.read_only:
+        node = await (self._open_overlay(drive, options) if drive.spec.snapshot else self._graph.open(options))
+        if drive.spec.copy_on_read and not node.read_only:
             return await self._cover(node)
         return node
 
@@ -173,6 +176,7 @@ class Drives:
             backend.user_name = ""
         else:
             backend.set_throttle(None)
+            self._graph.throttle_groups.tidy()
         if backend.root is not None:
             async with self._graph.drained(backend.root.node):
                 await self._graph.detach_root(backend)

@@ -95,10 +95,11 @@ class VirtioBlk:
         self.backend_path = f"{path}/virtio-backend"
         self.drive = drive
         self.backend = BlockBackend(graph, self.backend_path) if drive is None else drive.backend
-        self.accounting = Accounting(
-            account_invalid=options.account_invalid is not OnOffAuto.OFF,
-            account_failed=options.account_failed is not OnOffAuto.OFF,
-        )
+        self.accounting = Accounting() if drive is None else drive.accounting
+        if options.account_invalid is not OnOffAuto.AUTO:
+            self.accounting.account_invalid = options.account_invalid is OnOffAuto.ON
+        if options.account_failed is not OnOffAuto.AUTO:
+            self.accounting.account_failed = options.account_failed is OnOffAuto.ON
         self.logical_block_size, self.physical_block_size = block_sizes(options)
         spec = drive.spec if drive is not None else None
         self.rerror = settled(spec.rerror if spec and options.rerror is OnError.AUTO else options.rerror, read=True)

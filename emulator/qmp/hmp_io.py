@@ -21,9 +21,11 @@ from livedisk.emulator.block.debug import breakpoints
 from livedisk.emulator.block.node import Node
 from livedisk.emulator.block.permissions import Perm
 from livedisk.emulator.device.virtio_blk import VirtioBlk
-from livedisk.emulator.errors import DeviceNotFound, LiveDiskError, NodeNotFound
+from livedisk.emulator.errors import DeviceNotFound, LiveDiskError
 from livedisk.emulator.qmp.context import Context
 from livedisk.emulator.qmp.hmp import hmp_command
+from livedisk.emulator.qmp.lookup import find_node
+from livedisk.emulator.qmp.qapi import UNSET
 from livedisk.emulator.qmp.qemu_io import Channel, Target, execute
 
 
@@ -145,10 +147,9 @@ def _of_device(device: VirtioBlk) -> Target:
 
 
 def _of_node(ctx: Context, name: str) -> Target:
-    graph = ctx.daemon.graph
-    node = graph.nodes.get(name)
-    if node is None:
-        raise NodeNotFound(f"Cannot find device='' nor node-name='{name}'")
+    """Of a drive that no device is on, or of a node."""
+    graph, drive = ctx.daemon.graph, ctx.daemon.devices.drives.find(name)
+    node = find_node(ctx, UNSET if drive is None else name, name)
     backend = BlockBackend(graph)
     graph.attach_root(backend, node, Perm.NONE, Perm.ALL)
-    return Target(backend)
+    return Target(backend, None if drive is None else drive.accounting)

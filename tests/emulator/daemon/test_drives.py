@@ -20,8 +20,16 @@ from kit.side_by_side import MACHINE, Host, Human, Job, Step, compare, step
 DRIVES = [
     *("-drive", "if=virtio,id=d0,file=b.qcow2,format=qcow2,cache=none,aio=threads"),
     *("-drive", "if=none,id=d1,file=o.qcow2,format=qcow2,cache=unsafe,discard=unmap,detect-zeroes=on,node-name=n1"),
-    *("-drive", "if=none,id=d2,file=r.raw,format=raw,cache=writethrough,werror=stop,rerror=ignore,readonly=on"),
-    *("-drive", "if=none,id=empty", "-drive", "driver=null-co,if=none,id=n"),
+    *(
+        "-drive",
+        "if=none,id=d2,file=r.raw,format=raw,cache=writethrough,werror=stop,rerror=ignore,readonly=on,bus=1,unit=3",
+    ),
+    *(
+        "-drive",
+        "if=none,id=empty",
+        "-drive",
+        "driver=null-co,if=none,id=n,stats-account-invalid=off,stats-account-failed=off",
+    ),
     *("-drive", 'if=virtio,file=json:{"driver":"qcow2",, "file":{"driver":"file",, "filename":"j.qcow2"}}'),
     *("-device", "virtio-blk-pci,drive=d2,id=vd2"),
 ]
@@ -134,7 +142,8 @@ SCRIPTS: dict[str, list[Step]] = {
             "drive_del nn",
             "drive_del d1",
         ),
-        *human("drive_del d5", "drive_del empty", "info block"),
+        *human('qemu-io d5 "write -P 3 0 64k"', 'qemu-io d5 "read -P 3 0 64k"', 'qemu-io d5 "aio_read -i 0 1"'),
+        *human('qemu-io zz "read 0 1"', "drive_del d5", "drive_del empty", "info block"),
         step("query-named-block-nodes", flat=True),
     ],
     "help": human(
@@ -193,6 +202,10 @@ REFUSED = [
     "if=virtio,format=raw,file=r.raw,throttling.bps-total=4,throttling.bps-read=3",
     "if=virtio,format=raw,file=r.raw,readonly=on,read-only=off",
     "if=virtio,driver=raw,format=raw,file=r.raw",
+    "if=none,bus=1,unit=3,id=x -drive if=none,bus=1,unit=3",
+    "if=none,index=3 -drive if=none,index=3",
+    "if=none,index=3 -drive if=none,bus=1,unit=3",
+    "if=none,id=x -drive if=none,id=x",
 ]
 
 
@@ -202,7 +215,7 @@ def test_what_is_wrong_is_said_as_qemu_says_it(drive: str, tmp_path: Path) -> No
     said = []
     for command in (["qemu-system-x86_64", *MACHINE], [executable(), "daemon"]):
         done = subprocess.run(
-            [*command, "-drive", drive], cwd=tmp_path, capture_output=True, text=True, timeout=30, check=False
+            [*command, "-drive", *drive.split()], cwd=tmp_path, capture_output=True, text=True, timeout=30, check=False
         )
         assert done.returncode == 1
         said.append(done.stderr.splitlines()[0].partition(": ")[2])
@@ -227,7 +240,7 @@ def test_what_is_not_here_is_refused_by_name(drive: str, reason: str, tmp_path: 
     assert reason in done.stderr
 
 
-def test_a_guest_on_a_temporary_overlay_leaves_the_image_as_it_was(short_path: Path) -> None:
+def test_a_guest_on_a_temporary_overlay_leaves_the_image_as_it_was_until_commit(short_path: Path) -> None:
     images(short_path)
     before = (short_path / "o.qcow2").read_bytes()
     drive = f"file={short_path / 'o.qcow2'},format=qcow2,snapshot=on,id=d"
@@ -237,6 +250,7 @@ def test_a_guest_on_a_temporary_overlay_leaves_the_image_as_it_was(short_path: P
             scratch = Path(device["inserted"]["file"].partition("/var/tmp/")[2].partition('"')[0])
             assert (Path("/var/tmp") / scratch).exists()
             qmp.human('qemu-io d "write -P 9 0 1M"')
+            assert before == (short_path / "o.qcow2").read_bytes()
             qmp.human("commit d")
         daemon.stop()
     assert not (Path("/var/tmp") / scratch).exists()
@@ -265,6 +279,38 @@ def test_what_is_read_from_below_is_kept(short_path: Path) -> None:
     file = {"driver": "file", "filename": str(short_path / "o.qcow2")}
     alone = "json:" + json.dumps({"driver": "qcow2", "backing": None, "file": file})
     qemu_io(alone, "read -P 1 0 512k", format=None)
+
+
+def test_what_is_read_is_kept_in_a_temporary_overlay_too(short_path: Path) -> None:
+    images(short_path)
+    drive = f"file={short_path / 'a.qcow2'},format=qcow2,snapshot=on,copy-on-read=on,id=d"
+    with Daemon(short_path, "-drive", drive) as daemon, daemon.qmp() as qmp:
+        qmp.human('qemu-io d "read 0 512k"')
+        [inserted] = [one["inserted"] for one in qmp.execute("query-block") if one["device"] == "d"]
+        assert inserted["image"]["actual-size"] > 512 << 10
+
+
+def test_a_device_counts_as_its_drive_says_unless_it_says_otherwise(short_path: Path) -> None:
+    drives = [part for name in ("d", "e") for part in (
+        "-drive", f"if=none,driver=null-co,id={name},stats-account-invalid=off,stats-account-failed=off"
+    )]  # fmt: skip
+    devices = ["-device", "virtio-blk,drive=d", "-device", "virtio-blk,drive=e,account-invalid=on"]
+    with Daemon(short_path, *drives, *devices) as daemon, daemon.qmp() as qmp:
+        stats = {one["device"]: one["stats"] for one in qmp.execute("query-blockstats")}
+        assert [(one["account_invalid"], one["account_failed"]) for one in stats.values()] == [
+            (False, False),
+            (True, False),
+        ]
+
+
+def test_the_throttle_group_of_a_drive_ends_with_it(short_path: Path) -> None:
+    with Daemon(short_path) as daemon, daemon.qmp() as qmp:
+        for limit in (100, 200):
+            qmp.human(f"drive_add 0 if=none,driver=null-co,id=d,throttling.iops-total={limit}")
+            qmp.human("drive_del d")
+            # A group that was left behind would not let an object have its name.
+            qmp.execute("object-add", qom_type="throttle-group", id="d")
+            qmp.execute("object-del", id="d")
 
 
 def test_commit_is_that_of_qemu_img(tmp_path: Path) -> None:
