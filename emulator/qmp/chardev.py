@@ -191,10 +191,7 @@ def _validate(options: SocketChardev) -> None:
         raise ParameterError("chardev: socket: no port given")
     if options.path is None and options.host is None:
         _descriptor(options)
-    _validate_role(options)
-    _validate_tls(options)
-    if options.reconnect is not None and options.reconnect_ms is not None:
-        raise ParameterError("'reconnect' and 'reconnect-ms' are mutually exclusive")
+    check_socket(options)
 
 
 def _descriptor(options: SocketChardev) -> None:

@@ -1,7 +1,8 @@
 """query-chardev, chardev-add, -change, -remove, -send-break, and the commands of ring buffers.
 
 Source: QEMU ``qapi/char.json``, ``chardev/char.c``; messages asked from QEMU 10.0.2. Where we differ: ``logfile`` and
-``logappend`` do not exist here, nor back-ends for serial lines, mice and consoles.
+``logappend`` do not exist here, nor back-ends for serial lines, mice and consoles; of a TCP address ``numeric``, ``to``,
+``keep-alive`` and ``mptcp`` are refused.
 """
 
 from __future__ import annotations
@@ -148,6 +149,9 @@ def _socket(id: str, data: ChardevSocket) -> SocketChardev:
     if isinstance(address, UnixLegacy):
         found |= {"path": address.data.path, "abstract": address.data.abstract, "tight": address.data.tight}
     elif isinstance(address, InetLegacy):
+        for name in ("numeric", "to", "keep_alive", "mptcp"):
+            if getattr(address.data, name) not in (UNSET, False):
+                raise LiveDiskError(f"'{name.replace('_', '-')}' is not supported for character devices' addresses")
         found |= {"host": address.data.host, "port": address.data.port}
         for name in ("ipv4", "ipv6"):
             value = getattr(address.data, name)

@@ -22,7 +22,7 @@ def _open(path: str, flags: int) -> int:
     try:
         return os.open(path, flags | os.O_CLOEXEC, 0o666)
     except OSError as error:
-        raise LiveDiskError(f"Could not open '{path}': {os.strerror(error.errno or 0)}") from None
+        raise LiveDiskError(f"Could not open '{path}': {os.strerror(error.errno or 0)}") from error
 
 
 class _Descriptors:
@@ -118,13 +118,15 @@ class PipeDevice(_Descriptors):
 
     def __init__(self, options: PipeChardev) -> None:
         self.options = options
-        name = options.path
+        name, opened = options.path, list[int]()
         try:
-            reads_from = os.open(f"{name}.in", os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC)
-            writes_to = _open(f"{name}.out", os.O_RDWR | os.O_NONBLOCK)
-        except OSError:
-            reads_from = writes_to = _open(name, os.O_RDWR | os.O_NONBLOCK)
-        super().__init__(options.id, reads_from, writes_to)
+            opened += [_open(f"{name}.in", os.O_RDWR | os.O_NONBLOCK)]
+            opened += [_open(f"{name}.out", os.O_RDWR | os.O_NONBLOCK)]
+        except LiveDiskError:  # not both: then it is one file
+            for fd in opened:
+                os.close(fd)
+            opened = [_open(name, os.O_RDWR | os.O_NONBLOCK)]
+        super().__init__(options.id, opened[0], opened[-1])
 
 
 class RingbufDevice:

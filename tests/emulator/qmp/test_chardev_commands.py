@@ -13,7 +13,7 @@ import pytest
 
 from kit.livedisk import Daemon
 from kit.qemu import create
-from kit.qmp import Qmp
+from kit.qmp import Qmp, QmpError
 from kit.side_by_side import MACHINE, Host, Human, Step, compare, step
 
 
@@ -160,6 +160,26 @@ def test_monitors_on_a_file_on_pipes_and_on_a_socket_added_later(short_path: Pat
         qmp.execute("chardev-remove", id="late")
         assert not Path(path).exists()
         assert {one["label"]: one["frontend-open"] for one in qmp.execute("query-chardev")}["p"]
+
+
+def test_one_pipe_of_two_is_no_pair(short_path: Path) -> None:
+    os.mkfifo(short_path / "h.in")
+    with Daemon(short_path, nbd=False) as daemon, daemon.qmp() as qmp:
+        backend = {"type": "pipe", "data": {"device": str(short_path / "h")}}
+        with pytest.raises(QmpError, match=r"h': No such file"):
+            qmp.execute("chardev-add", id="h", backend=backend)
+        (short_path / "h").touch()
+        qmp.execute("chardev-add", id="h", backend=backend)
+        fds = Path(f"/proc/{daemon.pid}/fd")
+        assert [fd.resolve().name for fd in fds.iterdir() if fd.resolve().parent == short_path].count("h.in") == 0
+
+
+@pytest.mark.parametrize(("name", "value"), [("numeric", True), ("to", 9), ("keep-alive", True), ("mptcp", True)])
+def test_what_an_address_cannot_have_is_refused_by_name(name: str, value: object, short_path: Path) -> None:
+    with Daemon(short_path, nbd=False) as daemon, daemon.qmp() as qmp:
+        address = {"type": "inet", "data": {"host": "127.0.0.1", "port": "0", name: value}}
+        with pytest.raises(QmpError, match=f"'{name}' is not supported"):
+            qmp.execute("chardev-add", id="c", backend={"type": "socket", "data": {"addr": address, "wait": False}})
 
 
 def test_what_tools_ask_on_connecting_is_answered(short_path: Path) -> None:
