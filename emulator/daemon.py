@@ -160,10 +160,6 @@ class Daemon:
         """Whether a monitor speaks on it."""
         return name in self._monitored
 
-    def has_chardev(self, name: str) -> bool:
-        """Whether there is a character device of that id."""
-        return name in self._chardevs
-
     def add_monitor(self, options: MonitorOptions) -> None:
         """Let a monitor speak on a character device. Raises ParameterError in QEMU's words."""
         name = options.chardev
