@@ -273,8 +273,8 @@ class Allocator:
             self.retired.append(Retired(offset, count * self.cluster_size, punch=False, held_by=frozenset()))
             return
         self.refcounts.fill(block, first, count, 0)
-        if first + count == self._run_start:
-            self._run_start = first  # the last that was taken: as if it had not been
+        if self.ready and block is self._block and first + count == self._run_start:
+            self._run_start = first  # the last that was taken of this run: as if it had not been
         else:
             self._freed(first)
 
