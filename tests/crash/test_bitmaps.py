@@ -8,6 +8,7 @@ while it recorded. Whatever else reached the disk must be dirty too, in the bitm
 from __future__ import annotations
 
 import asyncio
+import errno
 import json
 import os
 import random
@@ -353,6 +354,77 @@ def test_a_write_that_is_under_way_keeps_its_mark(
     monkeypatch.setattr(CrashDisk, "write", slow)
     asyncio.run(scene())
     asyncio.run(all_dirty(path, {5 << 20}))
+
+
+@pytest.mark.parametrize(
+    ("records", "point"), [(True, "barrier"), (False, "bitmap-table"), (False, "header"), (False, "barrier")]
+)
+def test_what_could_not_be_stored_is_stored_when_it_is_tried_again(records: bool, point: str, tmp_path: Path) -> None:
+    """A command fails at the disk, is given once more and succeeds: then a power cut must not take it back."""
+    path = create(tmp_path / "image.qcow2", SIZE)
+    qemu_img("bitmap", "--add", "-g", str(STEP), *([] if records else ["--disable"]), path, "x")
+    platter = Platter(path.read_bytes())
+    seen: set[str] = set()
+
+    def fail(reached: Point | None) -> None:
+        """The first time that the point is reached after bits were put."""
+        name = "barrier" if reached is None else reached.value
+        again = name in seen
+        if seen or name == "bitmap-data":
+            seen.add(name)
+        if name == point and name in seen and not again:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    async def scene() -> None:
+        async with opened(CrashDiskOptions(driver="crash-disk", platter=platter)) as disk:
+            bitmap = disk.node.bitmaps.get("x")
+            if records:
+                await disk.write(20 << 20, b"x" * 100)  # it is tracked
+            disk.image.storage.observer = fail
+            bitmap.bits[5] = 1
+            bitmap.bits[1 << 10] = 1
+            with pytest.raises(OSError, match=os.strerror(errno.EIO)):
+                await disk.driver.sync_bitmaps()
+            await disk.driver.sync_bitmaps()
+            path.write_bytes(platter.durable)
+
+    asyncio.run(scene())
+    asyncio.run(all_dirty(path, {5 * STEP, STEP << 10}))
+
+
+def test_a_write_that_waits_for_a_mark_that_fails_makes_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither the mark for two writes nor the end of the tracking can be written, but a moment later the disk is well again."""
+    path = create(tmp_path / "image.qcow2", SIZE)
+    qemu_img("bitmap", "--add", "-g", str(STEP), path, "x")
+    platter = Platter(path.read_bytes())
+    steps = ["bitmap-data", "bitmap-data fails", "header fails"]
+    write = CrashDisk.write
+
+    async def slow(self: CrashDisk, offset: int, data: memoryview) -> None:
+        await asyncio.sleep(0)
+        await write(self, offset, data)
+
+    def fail(reached: Point | None) -> None:
+        if steps and reached is not None and steps[0].startswith(reached.value) and "fails" in steps.pop(0):
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    async def scene() -> None:
+        async with opened(CrashDiskOptions(driver="crash-disk", platter=platter)) as disk:
+            await disk.write(20 << 20, b"x" * 100)  # it is tracked
+            disk.image.storage.observer = fail
+            writes = [disk.write(start << 20, b"y" * 100) for start in (0, 5, 10)]  # one marks, two wait for it
+            ends = await asyncio.gather(*writes, return_exceptions=True)
+            assert [type(end) for end in ends] == [type(None), OSError, type(None)]
+            await disk.backend.flush()
+            path.write_bytes(platter.durable)
+
+    monkeypatch.setattr(module, "TIDY_SECONDS", 1e9)
+    monkeypatch.setattr(CrashDisk, "write", slow)
+    asyncio.run(scene())
+    assert not steps
+    asyncio.run(all_dirty(path, {0, 10 << 20, 20 << 20}))
 
 
 def crashed(tmp_path: Path) -> Path:

@@ -43,6 +43,7 @@ class StoredBitmap:
 
     ``flags``: those of its directory entry, as the disk has it; ``next_flags``: those it is about to get. ``kept``: nothing may
     be changed about it (it is inconsistent): the entry is carried along. ``given_up``: what the disk may still refer to.
+    ``unsettled``: bits were put since `settle`, so that the disk may not have, or not refer to, what ``disk`` says.
     """
 
     def __init__(self, image: Image, entry: BitmapEntry, table: array[int], disk: bitarray) -> None:
@@ -53,6 +54,7 @@ class StoredBitmap:
         self.granularity_bits = entry.granularity_bits
         self.flags = self.next_flags = entry.flags
         self.kept = False
+        self.unsettled = False
         self.disk = disk
         self._carried = entry
         self.given_up: list[tuple[int, int]] = []
@@ -133,6 +135,7 @@ class StoredBitmap:
         if bits == len(self.disk) and self._table:
             return
         length = max(-(-bits // self._bits_a_cluster), 1)
+        self.unsettled = True
         if bits < len(self.disk):
             del self.disk[bits:]
         else:
@@ -182,16 +185,13 @@ class StoredBitmap:
             yield index
             at = changed.find(1, min((index + 1) * self._bits_a_cluster, len(changed)))
 
-    async def put(self, wanted: bitarray) -> bool:
-        """Write what differs from the disk; whether anything did. New clusters count only once the table is written. Raises
-        OSError."""
+    async def put(self, wanted: bitarray) -> None:
+        """Write what differs from the disk. New clusters count only once the table is written. Raises OSError."""
         self._resize(len(wanted))
-        differing = list(self._differing(wanted))
-        for index in differing:
+        for index in list(self._differing(wanted)):
             first = index * self._bits_a_cluster
             end = min(first + self._bits_a_cluster, len(wanted))
             await self._put_cluster(index, first, end, wanted[first:end])
-        return bool(differing)
 
     async def set(self, first: int, end: int) -> None:
         """Set the bits ``[first, end)`` on the disk, as `put` does."""
@@ -208,6 +208,7 @@ class StoredBitmap:
 
     async def _put_cluster(self, index: int, first: int, end: int, part: bitarray) -> None:
         image, new = self._image, part.tobytes()
+        self.unsettled = True
         place = self._table[index] & OFFSET_MASK
         if index in self._owned:
             low, high = _changed_sectors(self.disk[first:end].tobytes(), new)
@@ -271,7 +272,8 @@ class StoredBitmap:
         self._table = array("Q")
 
     def settle(self) -> None:
-        """The disk refers to nothing of what was given up any more."""
+        """What was put is on stable storage, and the disk refers to nothing of what was given up any more."""
+        self.unsettled = False
         given_up, self.given_up = self.given_up, []
         for offset, length in given_up:
             self._image.allocator.retire(offset, length)

@@ -217,6 +217,7 @@ class PersistentBitmaps:
                 while self.guard is not None and not self._published:
                     await self._publish(_Mode.TRACKED)
                 if self.guard is not None and self.guard.find(0, first, min(end, len(self.guard))) >= 0:
+                    self._asked[first:end] = 1  # again: somebody's mark that failed took all that was asked for
                     await self._mark()
             except (OSError, BlockError) as error:
                 await self._give_up(error)
@@ -321,8 +322,9 @@ class PersistentBitmaps:
                 await self._publish(mode)
                 return
             bitmaps = self._bitmaps()
-            changed = [await stored.put(self._wanted(stored, bitmaps[stored.name])) for stored in self._tracked()]
-            if any(changed):
+            for stored in self._tracked():
+                await stored.put(self._wanted(stored, bitmaps[stored.name]))
+            if any(stored.unsettled for stored in self._tracked()):
                 await self._put_tables()
                 await self._barrier()
 
@@ -343,7 +345,7 @@ class PersistentBitmaps:
                 continue
             if stored.kept or stored.flags != _flags(bitmap, mode) or stored.granularity_bits != bitmap.shift:
                 return False
-            if not stored.in_use and stored.disk != _content(bitmap):
+            if not stored.in_use and (stored.unsettled or stored.disk != _content(bitmap)):
                 return False
         return True
 
