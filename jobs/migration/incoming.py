@@ -99,6 +99,7 @@ class Incoming:
                 os.unlink(self._path)
 
     async def _greeted(self, client: socket.socket) -> Channel | None:
+        writer: asyncio.StreamWriter | None = None
         try:
             async with asyncio.timeout(_GREETING):
                 reader, writer = await self._wrapped(client)
@@ -107,7 +108,8 @@ class Incoming:
         except (OSError, TimeoutError, asyncio.IncompleteReadError, PermissionError) as error:
             why = reason_of(error) if isinstance(error, OSError) else str(error) or "no greeting in time"
             log.info("incoming migration: a client went before it said anything of use: %s", why)
-            client.close()
+            # The event loop must hear that a socket of its own is closed, or it is deaf for the next one of that number.
+            (client.close if writer is None else writer.transport.abort)()
             return None
         if first == QEMU_MAGIC:
             writer.transport.abort()
@@ -153,7 +155,7 @@ class Incoming:
                 await self._refuse(channel, error)
                 raise
             await channel.send(Activated())
-            async with asyncio.timeout(_GO):
+            async with channel.within(_GO):
                 go = await channel.expect(Go)
         except BaseException:
             await arrival.undo()
@@ -170,7 +172,7 @@ class Incoming:
         await channel.close()
 
     async def _hello(self, channel: Channel) -> Hello:
-        async with asyncio.timeout(_GREETING):
+        async with channel.within(_GREETING):
             hello = await channel.expect(Hello)
         try:
             if hello.version != VERSION:

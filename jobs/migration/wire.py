@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import socket
+from collections.abc import AsyncIterator
 from struct import Struct
 from typing import Any, Final, TypeVar
 
@@ -19,6 +21,8 @@ MAGIC: Final = b"livedisk-migrate"
 QEMU_MAGIC: Final = b"QEVM"
 VERSION: Final = 1
 _LENGTH: Final = Struct(">I")
+_DROP: Final = Struct("ii").pack(1, 0)
+"""SO_LINGER, on, for no time: the kernel forgets what it has not sent when the socket is closed."""
 _LONGEST: Final = 8 << 20
 """Bytes of one message."""
 
@@ -164,8 +168,20 @@ class Channel:
             raise MigrationError(f"the {self._peer} sent {type(message).__name__} where {kind.__name__} was due")
         return message
 
+    @contextlib.asynccontextmanager
+    async def within(self, seconds: float) -> AsyncIterator[None]:
+        """A part of the conversation that may take so long. Raises MigrationError where it takes longer."""
+        try:
+            async with asyncio.timeout(seconds):
+                yield
+        except TimeoutError:
+            raise MigrationError(f"the {self._peer} did not answer within {seconds:g} seconds") from None
+
     def abort(self) -> None:
-        """Cut the connection."""
+        """Cut the connection. What was sent and has not arrived never does."""
+        sock = self._writer.get_extra_info("socket")
+        if sock is not None and sock.fileno() >= 0:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _DROP)
         self._writer.transport.abort()
 
     async def close(self) -> None:
