@@ -11,7 +11,7 @@ from typing import Final
 import msgspec
 from bitarray import bitarray
 
-from livedisk.emulator.block.bitmaps import DirtyBitmap
+from livedisk.emulator.block.bitmaps import MIN_GRANULARITY, DirtyBitmap
 from livedisk.emulator.block.node import Node
 from livedisk.emulator.device.virtio_blk import VirtioBlk
 from livedisk.emulator.errors import LiveDiskError
@@ -174,7 +174,10 @@ class Arrival:
         if isinstance(message, DeviceState):
             self._devices.append(message)
         elif isinstance(message, Bitmap):
-            if message.size // max(message.granularity, 1) > 8 * _LONGEST or message.length > _LONGEST:
+            grain = message.granularity
+            if grain < MIN_GRANULARITY or grain & (grain - 1) or message.size < 0:
+                raise MigrationError(f"bitmap '{message.name}' has {grain} bytes a bit and {message.size} bytes")
+            if message.size // grain > 8 * _LONGEST or message.length > _LONGEST:
                 raise MigrationError(f"bitmap '{message.name}' is too large")
             self._bitmaps.append((message, bytearray()))
         elif isinstance(message, BitmapBits) and self._bitmaps:
