@@ -79,6 +79,11 @@ class Migration:
             self.daemon.events.emit(MigrationEvent(status=status))
 
     async def _take_back(self) -> None:
+        task = self.outgoing_task
+        if self.gone and task is not None:
+            if self.outgoing.busy:  # Go is on its way: the destination is about to run
+                raise LiveDiskError("Migration is not finalized yet")
+            await asyncio.wait({task})  # it may still be giving the images up
         try:
             await self.inactive.take_back()
         except OSError as error:

@@ -31,7 +31,7 @@ from livedisk.jobs.migration.wire import (
     Welcome,
 )
 from livedisk.jobs.mirror import MirrorJob
-from livedisk.jobs.states import JobType
+from livedisk.jobs.states import JobType, Status
 from livedisk.nbd.tls import reason_of
 
 log = logging.getLogger(__name__)
@@ -101,7 +101,7 @@ class Outgoing:
     async def _to_the_point_of_no_return(self) -> None:
         migration, progress = self._migration, self._progress
         channel = await self._connect()
-        async with asyncio.timeout(_ANSWER):
+        async with channel.within(_ANSWER):
             hello = Hello(version=VERSION, disks=state.disks(self._daemon), exports=self._told)
             await channel.send(hello)
             await channel.expect(Welcome)
@@ -111,11 +111,12 @@ class Outgoing:
         for job in self._mirrors:
             await job.flush_target()
         await self._hold()
+        self._check_mirrors()
         if migration.on(MigrationCapability.PAUSE_BEFORE_SWITCHOVER):
             await self._wait_for_leave(channel)
         migration.move(progress, _S.DEVICE)
         await self._end_mirrors()
-        async with asyncio.timeout(_ANSWER):
+        async with channel.within(_ANSWER):
             for message in state.device_states(self._daemon):
                 await channel.send(message)
             if migration.on(MigrationCapability.DIRTY_BITMAPS):
@@ -160,6 +161,13 @@ class Outgoing:
         while server is not None and any(server.in_flight(export) for export in self._paused):
             await asyncio.sleep(0.001)
 
+    def _check_mirrors(self) -> None:
+        """Raise MigrationError for a mirror that ended before the guest was held: its target lacks what came after."""
+        for job in self._mirrors:
+            waiting = job.status in (Status.WAITING, Status.PENDING) and not job.group.settling
+            if not job.ready and not waiting:
+                raise MigrationError(f"mirror '{job.id}' ended before the guest was held")
+
     async def _wait_for_leave(self, channel: Channel) -> None:
         """pre-switchover: whoever drives the migration does what is his, and says migrate-continue."""
         self._migration.may_continue.clear()
@@ -182,21 +190,26 @@ class Outgoing:
             job.request_cancel(force=False)
         for job in self._mirrors:
             await job.over()
+            if job.status is Status.PENDING:  # it was to wait for job-finalize: this is it
+                await job.user_finalize()
             if job.error is not None or job.force_cancelled:
                 reason = failure_text(job.error) if job.error is not None else "it was cancelled"
                 raise MigrationError(f"mirror '{job.id}' failed: {reason}")
+            if job.status not in (Status.CONCLUDED, Status.NULL):
+                raise MigrationError(f"mirror '{job.id}' is still being finalized by somebody else")
 
     async def _send_go(self, channel: Channel) -> None:
         """The destination may run. Should the word be lost, neither runs, and ``error`` says so."""
         running = self._before is State.RUNNING
         try:
-            async with asyncio.timeout(_CONFIRM):
+            async with channel.within(_CONFIRM):
                 await channel.send(Go(running))
                 await channel.expect(Running)
-        except (MigrationError, TimeoutError) as error:
+        except MigrationError as error:
+            channel.abort()  # should Go still be on its way, it is not to arrive when the guest was taken back
             self._progress.error = (
                 f"the guest was given up, but the destination did not confirm that it runs ({error}): see query-status there; "
-                "if it does not run, 'cont' here takes the guest back"
+                "if it does not run, and waits no more, 'cont' here takes the guest back"
             )
             log.warning("migration: %s", self._progress.error)
 

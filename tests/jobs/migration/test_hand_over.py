@@ -353,6 +353,95 @@ def test_after_it_the_guest_is_given_up_even_if_the_word_is_lost(source: tuple[D
     qemu_io(daemon.uri("disk"), "read -P 3 0 64k", "write -P 4 0 64k", format="raw")
 
 
+def test_while_the_last_word_is_on_its_way_the_guest_is_not_taken_back(
+    source: tuple[Daemon, Qmp], short_path: Path
+) -> None:
+    gone, go_on = threading.Event(), threading.Event()
+
+    def act(end: Peer) -> None:
+        end.receive()
+        end.send(Welcome())
+        end.until(Switch)
+        end.send(Activated())
+        end.until(Go)
+        gone.set()
+        assert go_on.wait(20)
+        end.send(Running())
+
+    _, qmp = source
+    with destination(short_path / "guest", act) as uri:
+        qmp.execute("migrate", uri=uri)
+        assert gone.wait(20)
+        assert asked(qmp, "cont") == "Migration is not finalized yet"
+        assert status(qmp) == "postmigrate"
+        go_on.set()
+        assert "error-desc" not in ended(qmp)
+    # What is told to be over is over: the images were given up before they are taken back.
+    qmp.execute("cont")
+    assert status(qmp) == "running"
+    assert "busy" not in str(asked(qmp, "block_resize", **{"node-name": "d", "size": 2 * SIZE}))
+
+
+def mirror(qmp: Qmp, folder: Path, **more: Any) -> Path:
+    """A mirror m of the source's disk that is ready; its target."""
+    image = create(folder / "m.qcow2", SIZE)
+    file = {"driver": "file", "filename": str(image)}
+    qmp.call("blockdev-add", {"node-name": "m", "driver": "qcow2", "file": file})
+    qmp.call("blockdev-mirror", {"job-id": "m", "device": "d", "target": "m", "sync": "full", **more})
+    qmp.wait_event("BLOCK_JOB_READY")
+    return image
+
+
+def test_a_mirror_that_ended_before_the_guest_was_held_ends_the_migration(
+    source: tuple[Daemon, Qmp], short_path: Path
+) -> None:
+    """What the guest wrote after the mirror's end would be missing there."""
+    said, go_on = threading.Event(), threading.Event()
+
+    def act(end: Peer) -> None:
+        end.receive()
+        said.set()
+        assert go_on.wait(20)
+        end.send(Welcome())
+        with pytest.raises((EOFError, ConnectionResetError)):
+            end.until(Switch)
+
+    daemon, qmp = source
+    mirror(qmp, short_path)
+    with destination(short_path / "guest", act) as uri:
+        qmp.call("migrate", {"uri": uri, "x-hand-over": {"mirrors": ["m"]}})
+        assert said.wait(20)
+        qmp.execute("block-job-cancel", device="m")
+        qmp.wait_event("BLOCK_JOB_COMPLETED")
+        qemu_io(daemon.uri("disk"), "write -P 1 0 64k", format="raw")
+        go_on.set()
+        state = ended(qmp)
+    assert (state["status"], status(qmp)) == ("failed", "running")
+    assert "mirror 'm' ended before the guest was held" in state["error-desc"]
+
+
+def test_a_mirror_that_waits_to_be_finalized_is_finalized(source: tuple[Daemon, Qmp], short_path: Path) -> None:
+    def act(end: Peer) -> None:
+        end.receive()
+        end.send(Welcome())
+        end.until(Switch)
+        end.send(Activated())
+        end.until(Go)
+        end.send(Running())
+
+    daemon, qmp = source
+    image = mirror(qmp, short_path, **{"auto-finalize": False})
+    qmp.execute("block-job-set-speed", device="m", speed=1)
+    # Two writes: after the first piece the job waits for its speed, and has the second still to do.
+    qemu_io(daemon.uri("disk"), "write -P 1 0 64k", "write -P 2 1M 64k", "write -P 3 2M 64k", format="raw")
+    with destination(short_path / "guest", act) as uri:
+        qmp.call("migrate", {"uri": uri, "x-hand-over": {"mirrors": ["m"]}})
+        assert ended(qmp)["status"] == "completed"
+    assert qmp.execute("query-jobs") == []
+    qmp.execute("blockdev-del", node_name="m")
+    qemu_io(image, "read -P 1 0 64k", "read -P 2 1M 64k", "read -P 3 2M 64k")
+
+
 def test_the_command_settles_a_hand_over_whose_last_word_was_lost(
     source: tuple[Daemon, Qmp], target: tuple[Daemon, Qmp], short_path: Path
 ) -> None:
@@ -549,6 +638,9 @@ def test_what_cannot_be_taken_is_refused(
         [Bitmap("d", "b", 65536, SIZE, 4, False, True), BitmapBits(b"1234"), Switch([])],
         [Bitmap("d", "b", 65536, 512, 0, False, True), Switch([])],
         [Bitmap("x", "b", 65536, SIZE, 0, False, True), Switch([])],
+        [Bitmap("d", "b", 0, SIZE, 0, False, True)],
+        [Bitmap("d", "b", 65537, SIZE, 0, False, True)],
+        [Bitmap("d", "b", 65536, -SIZE, 0, False, True)],
         [Bitmap("d", "b", 65536, SIZE, 1 << 40, False, True)],
         [DeviceState("/nobody", write_cache=True), Switch([])],
         [Switch(["nobody"])],
