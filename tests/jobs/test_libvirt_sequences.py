@@ -13,9 +13,8 @@ from typing import Any, Final
 
 import pytest
 
-from kit.machine import differences
-from kit.qemu import check, create, info, qemu_img, qemu_io
-from kit.script import Script, compare
+from kit.qemu import create, qemu_img
+from kit.script import Script, compare, compare_chains, create_chain, play
 
 # ruff: noqa: E501 - a command is a line
 SCRIPTS: Final[dict[str, str]] = {
@@ -140,14 +139,7 @@ SCRIPTS: Final[dict[str, str]] = {
 
 def prepare(folder: Path) -> list[str]:
     """A <- B <- C <- D, which libvirt calls 4 to 1, and targets; returns the start of each script."""
-    for index, name in enumerate("abcd"):
-        path = folder / f"{name}.qcow2"
-        if index:
-            below = f"{'abcd'[index - 1]}.qcow2"
-            qemu_img("create", "-q", "-f", "qcow2", "-u", "-b", below, "-F", "qcow2", path, "8M")
-        else:
-            create(path, "8M")
-        qemu_io(path, f"write -P {index + 1} {index}M 2M")
+    create_chain(folder)
     create(folder / "large.qcow2", "16M")
     qemu_img("create", "-q", "-f", "qcow2", "-u", "-b", "c.qcow2", "-F", "qcow2", folder / "u.qcow2", "8M")
     nodes: list[dict[str, Any]] = []
@@ -164,26 +156,13 @@ def prepare(folder: Path) -> list[str]:
     return [f"$ {line} -device virtio-blk,drive=libvirt-1-format,id=virtio-disk0,write-cache=on"]
 
 
-def run(script: str, folder: Path, *, ours: bool) -> Script:
+def run(name: str, folder: Path, *, ours: bool) -> Script:
     folder.mkdir()
-    one = Script(folder, ours)
-    try:
-        one.run([*prepare(folder), *filter(None, script.splitlines())])
-        one.end()
-    finally:
-        one.close()
-    return one
+    return play(folder, [*prepare(folder), *SCRIPTS[name].strip().splitlines()], ours=ours)
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_sequence_is_as_on_qemu(name: str, short_path: Path) -> None:
-    theirs, ours = (run(SCRIPTS[name], short_path / peer, ours=peer == "ours") for peer in ("theirs", "ours"))
-    found = compare(theirs, ours)
-    for path in sorted(theirs.folder.glob("*.qcow2")):
-        chains = [
-            [one.get("backing-filename") for one in info(script.folder / path.name, "--backing-chain")]
-            for script in (theirs, ours)
-        ]
-        found += differences(path.name, *chains)
-        check(ours.folder / path.name)
+    theirs, ours = (run(name, short_path / peer, ours=peer == "ours") for peer in ("theirs", "ours"))
+    found = [*compare(theirs, ours), *compare_chains(theirs, ours)]
     assert not found, "\n".join(found)

@@ -13,10 +13,8 @@ from typing import Final
 
 import pytest
 
-from kit import qemu
-from kit.machine import differences
-from kit.qemu import create, qemu_img, qemu_io
-from kit.script import Script, compare
+from kit.qemu import create, qemu_img
+from kit.script import Script, compare, compare_chains, create_chain, play
 
 MEANT: Final[dict[str, str]] = {
     r"dirty-bitmaps\[1\].count": "a backup's filter counts what the job copied as kept, QEMU's what it kept itself",
@@ -518,14 +516,7 @@ $ rm -f e.qcow2 f.qcow2
 
 def prepare(folder: Path) -> list[str]:
     """Images in ``folder``; returns the start of each script."""
-    for index, name in enumerate("abcd"):
-        path = folder / f"{name}.qcow2"
-        if index:
-            below = f"{'abcd'[index - 1]}.qcow2"
-            qemu_img("create", "-q", "-f", "qcow2", "-u", "-b", below, "-F", "qcow2", path, "8M")
-        else:
-            create(path, "8M")
-        qemu_io(path, f"write -P {index + 1} {index}M 2M")
+    create_chain(folder)
     for name, size in (("t", "8M"), ("small", "4M"), ("large", "16M")):
         create(folder / f"{name}.qcow2", size)
     qemu_img("create", "-q", "-f", "qcow2", "-u", "-b", "c.qcow2", "-F", "qcow2", folder / "u.qcow2", "8M")
@@ -546,27 +537,14 @@ def prepare(folder: Path) -> list[str]:
     return [f"$ {line} -device virtio-blk,drive=D,id=virtio0"]
 
 
-def run(script: str, folder: Path, ours: bool) -> Script:
+def run(name: str, folder: Path, *, ours: bool) -> Script:
     folder.mkdir()
-    one = Script(folder, ours)
-    try:
-        one.run([*prepare(folder), *(line for line in script.splitlines() if line)])
-        one.end()
-    finally:
-        one.close()
-    return one
+    return play(folder, [*prepare(folder), *SCRIPTS[name].strip().splitlines()], ours=ours)
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_replies_events_and_graphs_are_those_of_qemu(name: str, short_path: Path) -> None:
-    theirs, ours = (run(SCRIPTS[name], short_path / peer, peer == "ours") for peer in ("theirs", "ours"))
-    found = compare(theirs, ours)
-    for path in sorted(theirs.folder.glob("*.qcow2")):
-        chains = [
-            [one.get("backing-filename") for one in qemu.info(script.folder / path.name, "--backing-chain")]
-            for script in (theirs, ours)
-        ]
-        found += differences(path.name, *chains)
-        qemu.check(ours.folder / path.name)
+    theirs, ours = (run(name, short_path / peer, ours=peer == "ours") for peer in ("theirs", "ours"))
+    found = [*compare(theirs, ours), *compare_chains(theirs, ours)]
     found = [text for text in found if not any(re.search(pattern, text) for pattern in MEANT)]
     assert not found, "\n".join(found)

@@ -18,6 +18,7 @@ from kit.livedisk import executable
 from kit.peers import peer
 from kit.process import Process
 from kit.qmp import Qmp, QmpError
+from kit.side_by_side import comparable as plain
 
 Event = tuple[str, dict[str, Any]]
 
@@ -91,11 +92,7 @@ class Machine(Process):
 def comparable(value: Any, folder: Path) -> Any:
     """Without what cannot be equal: generated names, times, space on the host, whether a job works at this very moment and
     how far it is while it runs, and the length of files whose last table is written out whole or not."""
-    text = json.dumps(value, sort_keys=True).replace(str(folder), "")
-    text = re.sub(r"#block\d+", "#block", text)
-    text = re.sub(r'"(actual-size|date-sec|date-nsec|thread-id)": \d+', r'"\1": 0', text)
-    text = re.sub(r'"busy": \w+', '"busy": 0', text)
-    return _without_chance(json.loads(text))
+    return _without_chance(plain(value, folder, lambda text: re.sub(r'"busy": \w+', '"busy": 0', text)))
 
 
 def _without_chance(value: Any) -> Any:
@@ -141,15 +138,3 @@ def _without_short_pauses(events: list[Event]) -> Iterator[Event]:
             skip = True
             continue
         yield name, data
-
-
-def differences(path: str, theirs: Any, ours: Any) -> Iterator[str]:
-    """Where two JSON values differ, as deep down as they are alike."""
-    if isinstance(theirs, dict) and isinstance(ours, dict):
-        for key in sorted({*theirs, *ours}):
-            yield from differences(f"{path}.{key}", theirs.get(key, "(absent)"), ours.get(key, "(absent)"))
-    elif isinstance(theirs, list | tuple) and isinstance(ours, list | tuple) and len(theirs) == len(ours):
-        for index, pair in enumerate(zip(theirs, ours, strict=True)):
-            yield from differences(f"{path}[{index}]", *pair)
-    elif theirs != ours:
-        yield f"{path}: theirs {json.dumps(theirs)[:1000]}, ours {json.dumps(ours)[:1000]}"

@@ -17,12 +17,15 @@ import json
 import re
 import shlex
 import subprocess
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
+from kit import qemu
 from kit.livedisk import executable
-from kit.machine import Event, Machine, comparable, differences, told
+from kit.machine import Event, Machine, comparable, told
+from kit.side_by_side import differences
 from livedisk.emulator.qmp.shell_syntax import command_request, parse_arguments, split_words
 
 STARTS_A_JOB: Final = re.compile(
@@ -42,7 +45,7 @@ class Script:
     machine: Machine | None = None
     calm: bool = True
 
-    def run(self, lines: list[str]) -> None:
+    def run(self, lines: Sequence[str]) -> None:
         """Run a script's lines. Raises AssertionError where livedisk does not answer what the page says."""
         index = 0
         while index < len(lines):
@@ -140,9 +143,44 @@ class Script:
             self.machine.__exit__(None, None, None)
 
 
+def create_chain(folder: Path) -> None:
+    """a.qcow2 <- b.qcow2 <- c.qcow2 <- d.qcow2 of 8 MiB, by relative names; each has written 2 MiB, half of it anew."""
+    below: str | None = None
+    for index, name in enumerate("abcd"):
+        path = folder / f"{name}.qcow2"
+        backing: list[str] = [] if below is None else ["-u", "-b", below, "-F", "qcow2"]
+        qemu.qemu_img("create", "-q", "-f", "qcow2", *backing, path, "8M")
+        qemu.qemu_io(path, f"write -P {index + 1} {index}M 2M")
+        below = path.name
+
+
+def play(folder: Path, lines: Sequence[str], *, ours: bool) -> Script:
+    """Run a script in ``folder`` to its end."""
+    script = Script(folder, ours)
+    try:
+        script.run(lines)
+        script.end()
+    finally:
+        script.close()
+    return script
+
+
 def compare(theirs: Script, ours: Script) -> list[str]:
     """Where QEMU and livedisk answered differently, or told different events."""
     found = []
     for (line, one), (_, other) in zip(theirs.steps, ours.steps, strict=True):
         found += [f"{line}\n  {text}" for text in differences("", one, other)]
     return [*found, *differences("events", theirs.events, ours.events)]
+
+
+def compare_chains(theirs: Script, ours: Script) -> list[str]:
+    """Where the images that are left have other backing file names. Fails if one of ours is damaged."""
+    found: list[str] = []
+    for path in sorted(theirs.folder.glob("*.qcow2")):
+        chains = [
+            [one.get("backing-filename") for one in qemu.info(script.folder / path.name, "--backing-chain")]
+            for script in (theirs, ours)
+        ]
+        found += differences(path.name, *chains)
+        qemu.check(ours.folder / path.name)
+    return found

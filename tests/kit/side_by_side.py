@@ -157,4 +157,4 @@ def differences(path: str, theirs: Any, ours: Any) -> Iterator[str]:
     elif isinstance(theirs, list) and isinstance(ours, list) and all(isinstance(one, str) for one in [*theirs, *ours]):
         yield "\n".join([path, *difflib.unified_diff(theirs, ours, "theirs", "ours", lineterm="", n=1)])
     elif theirs != ours:
-        yield f"{path}: theirs {json.dumps(theirs)[:1000]}\n     ours   {json.dumps(ours)[:1000]}"
+        yield f"{path}: theirs {json.dumps(theirs)[:1000]}, ours {json.dumps(ours)[:1000]}"

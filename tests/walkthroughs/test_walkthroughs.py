@@ -15,9 +15,9 @@ from typing import Any, Final
 import pytest
 
 from kit import qemu
-from kit.machine import differences
 from kit.peers import ROOT
-from kit.script import Script, compare
+from kit.script import compare, play
+from kit.side_by_side import differences
 
 PAGE: Final = ROOT / "docs" / "walkthroughs.md"
 
@@ -64,13 +64,7 @@ def test_walkthrough_is_as_on_qemu(title: str, short_path: Path, tmp_path: Path)
     for name, ours in (("theirs", False), ("ours", True)):
         folder = short_path / name
         folder.mkdir()
-        one = Script(folder, ours)
-        try:
-            one.run(SCRIPTS[CHAIN])
-            one.run(SCRIPTS[title])
-        finally:
-            one.close()
-        played.append(one)
+        played.append(play(folder, [*SCRIPTS[CHAIN], *SCRIPTS[title]], ours=ours))
     theirs, ours_ = played
     found = compare(theirs, ours_)
     for (name, one), (_, other) in zip(

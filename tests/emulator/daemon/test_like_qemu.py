@@ -6,31 +6,17 @@ image takes on the host.
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from kit.livedisk import executable
-from kit.peers import peer
-from kit.process import Process
 from kit.qemu import create, qemu_img
-from kit.qmp import Qmp, QmpError
-
-Step = tuple[str, dict[str, Any]]
+from kit.side_by_side import MACHINE, Step, compare, step
 
 DISK = ("-blockdev", "node-name=node-A,driver=qcow2,file.driver=file,file.node-name=file,file.filename=o.qcow2")
 DEVICE = ("-device", "virtio-blk,drive=node-A,id=virtio0")
-QEMU = ("-M", "q35", "-accel", "tcg", "-nodefaults", "-display", "none", "-S")
-"""Held from the start: QEMU's firmware would otherwise talk to the disk."""
-
-
-def step(command: str, /, **arguments: Any) -> Step:
-    return command, {name.replace("_", "-"): value for name, value in arguments.items()}
 
 
 def add(driver: str, name: str, **options: Any) -> Step:
@@ -288,55 +274,11 @@ def images(folder: Path) -> None:
         (folder / f"{name}.raw").write_bytes(bytes(1 << 20))
 
 
-@contextmanager
-def started(command: list[str], folder: Path) -> Iterator[Qmp]:
-    arguments = [*command, *QEMU, "-qmp", "unix:./qmp,server=on,wait=off", *DISK, *DEVICE]
-    with Process(arguments, log=folder / "log", cwd=folder) as process:
-        process.wait_for_socket(folder / "qmp")
-        with Qmp(folder / "qmp") as qmp:
-            yield qmp
-
-
-def answer(qmp: Qmp, command: str, arguments: dict[str, Any]) -> Any:
-    try:
-        return qmp.call(command, arguments)
-    except QmpError as error:
-        return {"error": {"class": error.kind, "desc": error.desc}}
-
-
-def comparable(value: Any, folder: Path) -> Any:
-    text = json.dumps(value, sort_keys=True).replace(str(folder), "")
-    text = re.sub(r"#block\d+", "#block", text)
-    text = re.sub(r'"(actual-size|date-sec|date-nsec|thread-id)": \d+', r'"\1": 0', text)
+def even_out(text: str) -> str:
     # How much of a new image's last table is written out differs, and so its file's length.
-    text = re.sub(r'"virtual-size": (19\d{4}|32\d{4}|26\d{4})\b', '"virtual-size": 0', text)
-    return json.loads(text)
+    return re.sub(r'"virtual-size": (19\d{4}|32\d{4}|26\d{4})\b', '"virtual-size": 0', text)
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_answers_are_those_of_qemu(name: str, tmp_path: Path) -> None:
-    answers = []
-    for peer_name, command in (("theirs", [peer("qemu-system-x86_64")]), ("ours", [executable(), "daemon"])):
-        folder = tmp_path / peer_name
-        folder.mkdir()
-        images(folder)
-        with started(command, folder) as qmp:
-            answers.append([comparable(answer(qmp, *one), folder) for one in SCRIPTS[name]])
-    different = []
-    for (command, arguments), theirs, ours in zip(SCRIPTS[name], *answers, strict=True):
-        found = list(differences("", theirs, ours))
-        if found:
-            different.append("\n  ".join([f"{command} {json.dumps(arguments)}", *found]))
-    assert not different, "\n".join(different)
-
-
-def differences(path: str, theirs: Any, ours: Any) -> Iterator[str]:
-    """Where two JSON values differ, as deep down as they are alike."""
-    if isinstance(theirs, dict) and isinstance(ours, dict):
-        for key in sorted({*theirs, *ours}):
-            yield from differences(f"{path}.{key}", theirs.get(key, "(absent)"), ours.get(key, "(absent)"))
-    elif isinstance(theirs, list) and isinstance(ours, list) and len(theirs) == len(ours):
-        for index, pair in enumerate(zip(theirs, ours, strict=True)):
-            yield from differences(f"{path}[{index}]", *pair)
-    elif theirs != ours:
-        yield f"{path}: theirs {json.dumps(theirs)[:400]}, ours {json.dumps(ours)[:400]}"
+    compare(tmp_path, SCRIPTS[name], prepare=images, options=(*MACHINE, *DISK, *DEVICE), even_out=even_out)

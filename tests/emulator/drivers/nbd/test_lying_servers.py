@@ -76,7 +76,7 @@ class Puppet:
         finally:
             writer.close()
 
-    async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    async def negotiate(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         writer.write(self.greeting)
         await reader.readexactly(4)
         option = 0
@@ -84,6 +84,9 @@ class Puppet:
             _, option, length = struct.unpack(">QII", await reader.readexactly(16))
             await reader.readexactly(length)
             writer.write(self.options[option])
+
+    async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await self.negotiate(reader, writer)
         while True:
             header = await reader.readexactly(28)
             _, flags, command, cookie, offset, length = struct.unpack(">IHHQQI", header)
@@ -235,13 +238,7 @@ def test_an_answer_before_the_payload_is_read_leaves_the_buffer_to_the_caller(sh
 
     class Hasty(Puppet):
         async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-            writer.write(self.greeting)
-            await reader.readexactly(4)
-            option = 0
-            while option != raw.GO:
-                _, option, length = struct.unpack(">QII", await reader.readexactly(16))
-                await reader.readexactly(length)
-                writer.write(self.options[option])
+            await self.negotiate(reader, writer)
             _, _, _, cookie, _, length = struct.unpack(">IHHQQI", await reader.readexactly(28))
             writer.write(simple(cookie))
             await writer.drain()
