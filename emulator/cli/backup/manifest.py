@@ -130,7 +130,7 @@ def load(folder: Path) -> Manifest:
     try:
         manifest = msgspec.json.decode(path.read_bytes(), type=Manifest)
     except FileNotFoundError:
-        raise BackupError(f"{folder} holds no backup: there is no {NAME} in it (make a full backup first)") from None
+        raise _no_backup(folder) from None
     except OSError as error:
         raise BackupError(f"{path}: {error.strerror}") from None
     except msgspec.DecodeError as error:
@@ -145,6 +145,10 @@ def load(folder: Path) -> Manifest:
     for file in manifest.pending.files if manifest.pending is not None else ():
         _check_name(path, file)
     return manifest
+
+
+def _no_backup(folder: Path) -> BackupError:
+    return BackupError(f"{folder} holds no backup: there is no {NAME} in it (make a full backup first)")
 
 
 def _check_name(path: Path, name: str) -> None:
@@ -190,10 +194,12 @@ def sync_folder(folder: Path) -> None:
 
 @contextlib.contextmanager
 def locked(folder: Path, *, make: bool = False) -> Iterator[None]:
-    """Keep other runs off the folder. ``make``: create it if it is not there. Raises BackupError."""
+    """Keep other runs off the folder. ``make``: create it if it is not there; else it must hold a backup. Raises BackupError."""
     try:
         if make:
-            folder.mkdir(mode=0o755, exist_ok=True)
+            folder.mkdir(mode=0o755, parents=True, exist_ok=True)
+        elif not (folder / NAME).exists():
+            raise _no_backup(folder)
         fd = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
     except OSError as error:
         raise BackupError(f"{error.filename}: {error.strerror}") from None

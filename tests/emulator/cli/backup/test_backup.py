@@ -28,7 +28,7 @@ class Site:
         self.kind = kind
         self.short = short
         self.tmp = tmp
-        self.folder = tmp / "backups"
+        self.folder = tmp / "to" / "backups"
         self.images = [create(tmp / f"disk{n}.qcow2", SIZE) for n in range(2)]
         self.start()
 
@@ -323,3 +323,12 @@ def test_a_manifest_that_is_none_is_refused(text: bytes, tmp_path: Path) -> None
     result = livedisk("backup", "list", tmp_path, expect=1)
     assert str(tmp_path / "manifest.json") in result.stderr
     assert "Traceback" not in result.stderr
+
+
+@pytest.mark.parametrize("command", [("list",), ("verify",), ("restore", "out.raw")])
+def test_a_folder_without_a_backup_is_told_and_left_alone(command: tuple[str, ...], tmp_path: Path) -> None:
+    verb, *more = command
+    for folder in (tmp_path, tmp_path / "missing"):
+        said = livedisk("backup", verb, folder, *more, expect=1).stderr
+        assert f"{folder} holds no backup" in said
+    assert list(tmp_path.iterdir()) == []
