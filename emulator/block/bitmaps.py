@@ -31,8 +31,9 @@ import hashlib
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Final
 
-from bitarray import bitarray, util
+from bitarray import bitarray
 
+from livedisk.emulator.block.bits import add, add_coarser, add_finer, copied, resized, wipe, zeros
 from livedisk.emulator.errors import BlockError
 
 if TYPE_CHECKING:
@@ -44,60 +45,12 @@ MAX_NAME: Final = 1023
 """Bytes."""
 _DEFAULT_LOW: Final = 4096
 _DEFAULT_HIGH: Final = 65536
-_FEW: Final = 4096
-"""Bits up to which a loop is quick enough."""
-
-
-def zeros(length: int) -> bitarray:
-    """That many clean bits, in qcow2's bit order."""
-    return util.zeros(length, "little")
-
-
-def _coarser(bits: bitarray, steps: int) -> bitarray:
-    """One bit for every ``1 << steps`` bits: whether one of them is set. No loop over bits: there may be many millions."""
-    length, factor = -(-len(bits) >> steps), 1 << steps
-    if length <= _FEW:
-        return bitarray((bits.find(1, at << steps, at + 1 << steps) >= 0 for at in range(length)), "little")
-    padded = bits.copy()
-    padded.extend(zeros((length << steps) - len(bits)))
-    if steps < 3:
-        found = padded[::factor]
-        for plane in range(1, factor):
-            found |= padded[plane::factor]
-        return found
-    raw, stride = padded.tobytes(), factor // 8
-    gathered = 0
-    for plane in range(stride):
-        gathered |= int.from_bytes(raw[plane::stride], "little")
-    found = zeros(0)
-    found.pack(gathered.to_bytes(length, "little"))
-    return found
-
-
-def _finer(bits: bitarray, steps: int) -> bitarray:
-    """Every bit ``1 << steps`` times."""
-    factor = 1 << steps
-    found = zeros(len(bits) << steps)
-    if len(bits) <= _FEW:
-        for at in bits.search(1):
-            found[at << steps : at + 1 << steps] = 1
-    elif steps < 3:
-        for plane in range(factor):
-            found[plane::factor] = bits
-    else:
-        stride = factor // 8
-        raw, every = bytearray(len(bits) * stride), bits.unpack(b"\0", b"\xff")
-        for plane in range(stride):
-            raw[plane::stride] = every
-        found.clear()
-        found.frombytes(raw)
-    return found
 
 
 class DirtyBitmap:
     """One bitmap of ``granularity`` bytes a bit over the ``size`` bytes of ``node``. Made by `Bitmaps`.
 
-    Offsets and lengths are bytes. Memory: a bit a granule.
+    Offsets and lengths are bytes. Memory: a bit a granule, and no more than what was dirty takes (`bits.zeros`).
     """
 
     def __init__(self, node: Node, granularity: int, name: str | None) -> None:
@@ -195,24 +148,20 @@ class DirtyBitmap:
 
     def clear(self) -> None:
         """Clear every granule."""
-        self.bits.setall(0)
+        wipe(self.bits)
         self._widest = self.size
 
     def adopt(self, bits: bitarray) -> None:
         """Add ``bits`` of the same granularity; of another length, as far as both go."""
-        own = self.bits
-        if len(bits) != len(own):
-            bits = bits[: len(own)]
-            bits.extend(zeros(len(own) - len(bits)))
-        own |= bits
+        add(self.bits, bits)
 
     def merge(self, source: DirtyBitmap) -> None:
         """Add what ``source``, of whatever granularity, says."""
         steps = self.shift - source.shift
         if steps > 0:
-            self.adopt(_coarser(source.bits, steps))
+            add_coarser(self.bits, source.bits, steps)
         elif steps < 0:
-            self.adopt(_finer(source.bits, -steps))
+            add_finer(self.bits, source.bits, -steps)
         else:
             self.adopt(source.bits)
 
@@ -227,14 +176,13 @@ class DirtyBitmap:
         self.node.bitmaps.regroup()
 
     def resize(self, size: int) -> None:
-        """Follow the node's new size: what is new is clean, unless the node had bytes there since the last `clear`."""
+        """Follow the node's new size: what is new is clean, unless the node had bytes there since the last `clear`. Its recorder
+        is told afterwards (`Bitmaps.follow_size`)."""
         before, bits = self.size, self.bits
         self.size = size
         length = -(-size >> self.shift)
-        if length < len(bits):
-            del bits[length:]
-        else:
-            bits.extend(zeros(length - len(bits)))
+        if length != len(bits):
+            self._bits = resized(bits, length)
         if size > before:
             self.mark(before, min(size, self._widest) - before)
         self._widest = max(self._widest, size)
@@ -339,19 +287,21 @@ class _Recorder:
         self.bits[offset >> self._shift : (offset + length - 1 >> self._shift) + 1] = 1
 
     def resized(self) -> None:
-        """The members have another length. Not a new recorder: the trackers may be walked through just now."""
-        length = len(self.members[0].bits)
-        if len(self.members) > 1:
-            del self.bits[length:]
-            self.bits.extend(zeros(length - len(self.bits)))
+        """The members have other bits, and what was gathered (`fold`). Not a new recorder: the trackers may be walked through
+        just now."""
+        own = self.members[0].bits
+        if len(self.members) == 1:
+            self.bits = own
+        elif len(self.bits) != len(own):
+            self.bits = zeros(len(own))
 
     def fold(self) -> None:
         """Let every member have what was gathered."""
         if self._gathered and len(self.members) > 1:
             self._gathered = False
             for one in self.members:
-                one._bits |= self.bits
-            self.bits.setall(0)
+                add(one._bits, self.bits)
+            wipe(self.bits)
 
 
 class Undo:
@@ -362,12 +312,12 @@ class Undo:
 
     def __init__(self, bitmap: DirtyBitmap) -> None:
         self._bitmap = bitmap
-        self._before = bitmap.bits.copy()
+        self._before = copied(bitmap.bits)
         self._since = None if bitmap.disabled else bitmap.node.bitmaps.create(bitmap.granularity, None)
 
     def back(self) -> None:
         """The bitmap says what it said before, and what was written since."""
-        self._bitmap.bits.setall(0)
+        wipe(self._bitmap.bits)
         self._bitmap.adopt(self._before)
         if self._since is not None:
             self._bitmap.adopt(self._since.bits)
@@ -429,6 +379,13 @@ class Bitmaps:
             self.remove(bitmap.successor)
         self._all.remove(bitmap)
         self.regroup()
+
+    def forget(self) -> None:
+        """The node is closed: its bitmaps' memory goes now, not when what refers to the node in a circle is collected."""
+        for recorder in self._recorders:
+            self._node.trackers.remove(recorder)
+        self._recorders.clear()
+        self._all.clear()
 
     def default_granularity(self) -> int:
         """Bytes: the cluster size of the image that shows here, between 4 and 64 KiB; 64 KiB where there are no clusters."""

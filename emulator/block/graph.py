@@ -339,6 +339,7 @@ class Graph:
             await node.driver.close()
         except BaseException as error:
             failures.append(error)
+        node.bitmaps.forget()
         for edge in list(node.children.values()):
             self._detach(edge)
             try:

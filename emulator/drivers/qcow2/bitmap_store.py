@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Final
 
 from bitarray import bitarray
 
-from livedisk.emulator.block.bitmaps import zeros
+from livedisk.emulator.block.bits import add, put, resized, zeros
 from livedisk.emulator.drivers.qcow2.bitmap_directory import IN_USE, BitmapEntry, table_entry_valid
 from livedisk.emulator.drivers.qcow2.geometry import (
     BITMAP_ALL_ONES,
@@ -110,7 +110,7 @@ class StoredBitmap:
                     raise ImageError(f"Could not read bitmap '{entry.title}' from image")
                 raw = bitarray(endian="little")
                 raw.frombytes(await image.storage.read(where, -(-(end - first) // 8)))
-                disk[first:end] = raw[: end - first]
+                add(disk, raw, first)
             elif place & BITMAP_ALL_ONES:
                 disk[first:end] = 1
         return cls(image, entry, table, disk)
@@ -136,10 +136,7 @@ class StoredBitmap:
             return
         length = max(-(-bits // self._bits_a_cluster), 1)
         self.unsettled = True
-        if bits < len(self.disk):
-            del self.disk[bits:]
-        else:
-            self.disk.extend(zeros(bits - len(self.disk)))
+        self.disk = resized(self.disk, bits)
         if length == len(self._table):
             return
         self.renew()
@@ -178,12 +175,10 @@ class StoredBitmap:
 
     def _differing(self, wanted: bitarray) -> Iterator[int]:
         """The clusters whose bits are not those of the disk."""
-        changed = wanted ^ self.disk
-        at = changed.find(1)
-        while at >= 0:
-            index = at // self._bits_a_cluster
-            yield index
-            at = changed.find(1, min((index + 1) * self._bits_a_cluster, len(changed)))
+        for index in range(-(-len(wanted) // self._bits_a_cluster)):
+            first, end = index * self._bits_a_cluster, (index + 1) * self._bits_a_cluster
+            if wanted[first:end] != self.disk[first:end]:
+                yield index
 
     async def put(self, wanted: bitarray) -> None:
         """Write what differs from the disk. New clusters count only once the table is written. Raises OSError."""
@@ -212,7 +207,7 @@ class StoredBitmap:
         place = self._table[index] & OFFSET_MASK
         if index in self._owned:
             low, high = _changed_sectors(self.disk[first:end].tobytes(), new)
-            self.disk[first:end] = part
+            put(self.disk, first, part)
             await image.storage.put(Point.BITMAP_DATA, Section.NONE, place + low, new[low:high])
             return
         offset = 0
@@ -225,7 +220,7 @@ class StoredBitmap:
             self.given_up.append((place, self._cluster))
         self._table[index] = offset
         self._table_dirty.add(index)
-        self.disk[first:end] = part
+        put(self.disk, first, part)
 
     def drop_empty(self) -> None:
         """Let go of clusters without a set bit; counts once the table is written."""

@@ -47,7 +47,8 @@ from typing import TYPE_CHECKING, Final
 
 from bitarray import bitarray
 
-from livedisk.emulator.block.bitmaps import DirtyBitmap, zeros
+from livedisk.emulator.block.bitmaps import DirtyBitmap
+from livedisk.emulator.block.bits import add, copied, resized, zeros
 from livedisk.emulator.drivers.qcow2.bitmap_directory import (
     AUTO,
     GRANULARITIES,
@@ -345,7 +346,7 @@ class PersistentBitmaps:
                 continue
             if stored.kept or stored.flags != _flags(bitmap, mode) or stored.granularity_bits != bitmap.shift:
                 return False
-            if not stored.in_use and (stored.unsettled or stored.disk != _content(bitmap)):
+            if not stored.in_use and (stored.unsettled or not _says(stored.disk, bitmap)):
                 return False
         return True
 
@@ -414,7 +415,7 @@ class PersistentBitmaps:
         wanted = _content(bitmap) if mode is _Mode.EXACT else self._wanted(stored, bitmap)
         bits = -(-size >> bitmap.shift)
         if bits > len(wanted):
-            wanted.extend(zeros(bits - len(wanted)))
+            wanted = resized(wanted, bits)
         await stored.put(wanted)
         flags = _flags(bitmap, mode)
         if flags & IN_USE:
@@ -576,10 +577,15 @@ def _flags(bitmap: DirtyBitmap, mode: _Mode) -> int:
 
 def _content(bitmap: DirtyBitmap) -> bitarray:
     """What a bitmap and its successor say together, copied."""
-    bits = bitmap.bits.copy()
+    bits = copied(bitmap.bits)
     if bitmap.successor is not None:
-        bits |= bitmap.successor.bits
+        add(bits, bitmap.successor.bits)
     return bits
+
+
+def _says(disk: bitarray, bitmap: DirtyBitmap) -> bool:
+    """Whether the disk has what a bitmap and its successor say together."""
+    return disk == (bitmap.bits if bitmap.successor is None else _content(bitmap))
 
 
 def _runs(bits: bitarray) -> Iterable[tuple[int, int]]:

@@ -160,9 +160,11 @@ class Qcow2(Driver):
     async def close(self) -> None:
         """Put everything on the disk; the image is clean afterwards."""
         self._clean_later(0)
-        if self._inactive or self.node.read_only:
-            return
-        await self.image.finish()
+        try:
+            if not self._inactive and not self.node.read_only:
+                await self.image.finish()
+        finally:
+            self.image.bitmaps.forget()
 
     async def inactivate(self) -> None:
         """Put everything on the disk and forget it: another process may open the image now."""

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, rule
 
+from livedisk.emulator.block import bits
 from livedisk.emulator.block.bitmaps import Bitmaps, DirtyBitmap, Undo
 from livedisk.emulator.block.node import DirtyTracker, Node
 from livedisk.emulator.errors import BlockError
@@ -189,9 +190,9 @@ class Machine(RuleBasedStateMachine):
             assert [*bitmap.runs()] == runs(model)
             assert bitmap.count == len(model.dirty) * model.granularity
             assert bitmap.recording == model.recording
-            bits = -(-model.size // model.granularity)
+            granules = -(-model.size // model.granularity)
             number = sum(1 << granule for granule in model.dirty)
-            raw = number.to_bytes(-(-bits // 64) * 8, "little")
+            raw = number.to_bytes(-(-granules // 64) * 8, "little")
             assert bitmap.sha256() == hashlib.sha256(raw).hexdigest()
 
     @invariant()
@@ -212,7 +213,21 @@ def runs(model: Model) -> list[tuple[int, int]]:
     return found
 
 
+class MappedMachine(Machine):
+    """The same on arrays that are mappings of many small pages, as those of huge disks are."""
+
+    def __init__(self) -> None:
+        self.patch = pytest.MonkeyPatch()
+        self.patch.setattr(bits, "PAGE", 16)
+        self.patch.setattr(bits, "MAPPED", 8)
+        super().__init__()
+
+    def teardown(self) -> None:
+        self.patch.undo()
+
+
 TestMachine = Machine.TestCase
+TestMappedMachine = MappedMachine.TestCase
 
 
 @pytest.mark.parametrize("step", [1, 7, 4096])
