@@ -39,9 +39,7 @@ async def copy_range(
     async with source.request(), target.request():
         assert source.root is not None
         assert target.root is not None
-        await block_copy.copy_range(
-            source.root, target.root, offset, length, flags=flags, leave_zeroes=leave_zeroes
-        )
+        await block_copy.copy_range(source.root, target.root, offset, length, flags=flags, leave_zeroes=leave_zeroes)
 
 
 def lanes_into(target: Node) -> int:
@@ -120,4 +118,15 @@ class Lanes:
             await asyncio.wait(self._tasks)
 
 
-__all__ = ["LANES", "OPERATION", "PIECE", "STEP", "ZERO_STEP", "CopyFailed", "Lanes", "Side", "copy_range", "lanes_into"]
+__all__ = [
+    "LANES",
+    "OPERATION",
+    "PIECE",
+    "STEP",
+    "ZERO_STEP",
+    "CopyFailed",
+    "Lanes",
+    "Side",
+    "copy_range",
+    "lanes_into",
+]

@@ -298,7 +298,9 @@ class MirrorJob(BlockJob):
         plan, image = self._plan, skip_filters(self._target)
         # What a full copy without any backing file, now or later, shows as zeroes need not say so: or the time that a sparse disk
         # takes would depend on its size.
-        alone = plan.base is None and not plan.nothing and image.backing is None and image.driver.backing_filename() is None
+        alone = (
+            plan.base is None and not plan.nothing and image.backing is None and image.driver.backing_filename() is None
+        )
         leave = alone and plan.unmap and not self.commits
         await copy_range(self._reader, self._writer, offset, length, flags=self._flags, leave_zeroes=leave)
 

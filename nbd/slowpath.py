@@ -66,7 +66,9 @@ def read_reply(replies: Replies, request: Request, data: memoryview, holes: Sequ
             done = REPLY_DONE if start == end else 0
             parts += (replies.data_header(request, request.offset + at, start - at, done), data[at:start])
         if length:
-            parts.append(replies.hole(request, request.offset + start, length, REPLY_DONE if start + length == end else 0))
+            parts.append(
+                replies.hole(request, request.offset + start, length, REPLY_DONE if start + length == end else 0)
+            )
         at = start + length
     return parts
 

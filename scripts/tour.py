@@ -585,9 +585,7 @@ def main(seconds: float, snapshots: int, size: int, keep: Path | None) -> None:
             raise SystemExit(1)
     told = f"Nothing was lost: {snapshots} snapshots, four jobs and a migration under load, one kill -9, every byte verified."
     console.print(told, style="bold green")
-    console.print(
-        "Next: livedisk --help lists the commands, and each has a --help of its own (in .quickstart/bin)."
-    )
+    console.print("Next: livedisk --help lists the commands, and each has a --help of its own (in .quickstart/bin).")
 
 
 async def outcome(tour: Tour) -> BaseException | None:

@@ -22,7 +22,11 @@ COMMANDS = {
     "migrate": ("livedisk.emulator.cli.migrate", "migrate", "move running disks from one daemon to another"),
     "proxy": ("livedisk.emulator.cli.proxy", "proxy", "serve an export on a stable socket while it moves"),
     "tls": ("livedisk.emulator.cli.tls", "tls", "make certificates for NBD over TLS"),
-    "backup": ("livedisk.emulator.cli.backup.commands", "backup", "full and incremental backups of a running emulator's disks"),
+    "backup": (
+        "livedisk.emulator.cli.backup.commands",
+        "backup",
+        "full and incremental backups of a running emulator's disks",
+    ),
     "qmp": ("livedisk.emulator.cli.qmp", "qmp", "talk to a QMP socket: one command, or a shell"),
 }
 """By name: the module, the command in it, and a line for the help."""

@@ -258,7 +258,9 @@ def check_command(fmt: str, repair_what: str | None, quiet: bool, force_share: b
     if force_share and repair_what:
         raise click.UsageError("-U shares the image with a writer, -r writes to it: choose one")
     report = (lambda _: None) if quiet or output == "json" else click.echo
-    run_to_end(lambda: _check(image, repair_what, report, quiet=quiet, as_json=output == "json", force_share=force_share))
+    run_to_end(
+        lambda: _check(image, repair_what, report, quiet=quiet, as_json=output == "json", force_share=force_share)
+    )
 
 
 async def _check(

@@ -115,7 +115,13 @@ class Row:
 
     @property
     def name(self) -> str:
-        parts = [self.kind.replace(" ", "-"), self.source, self.target, "sparse" if self.sparse else "", self.guest or ""]
+        parts = [
+            self.kind.replace(" ", "-"),
+            self.source,
+            self.target,
+            "sparse" if self.sparse else "",
+            self.guest or "",
+        ]
         parts.append("remote" if self.remote else "")
         return "-".join(part for part in parts if part)
 

@@ -38,7 +38,8 @@ def test_a_fault_leads_to_what_the_page_says(fault: Fault) -> None:
 MEANT = [
     fault
     for fault in FAULTS
-    if (fault.what == "flush" and fault.step in ("at the end", "when it completes")) or fault.step == "before a guest's write"
+    if (fault.what == "flush" and fault.step in ("at the end", "when it completes"))
+    or fault.step == "before a guest's write"
 ]
 
 

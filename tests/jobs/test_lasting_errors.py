@@ -69,7 +69,9 @@ def test_an_error_that_stays_is_met_again_and_again_until_a_cancel(name: str, sh
 
 
 @pytest.mark.parametrize("mode", ["background", "write-blocking"])
-def test_a_guests_write_that_failed_in_part_is_mirrored_as_it_stands(mode: str, short_path: Path, tmp_path: Path) -> None:
+def test_a_guests_write_that_failed_in_part_is_mirrored_as_it_stands(
+    mode: str, short_path: Path, tmp_path: Path
+) -> None:
     create(short_path / "top", MIB)
     qemu_io(short_path / "top", "write -q -P 5 0 1M")
     create(short_path / "target", MIB)
@@ -84,7 +86,10 @@ def test_a_guests_write_that_failed_in_part_is_mirrored_as_it_stands(mode: str, 
         qmp.call("blockdev-add", image(short_path / "target", "target"))
         qmp.execute("block-export-add", type="nbd", id="e", node_name="top", writable=True)
         with RawClient(str(daemon.nbd_socket)).enter(b"top") as guest:
-            qmp.call("blockdev-mirror", {"job-id": "j", "device": "top", "target": "target", "sync": "full", "copy-mode": mode})
+            qmp.call(
+                "blockdev-mirror",
+                {"job-id": "j", "device": "top", "target": "target", "sync": "full", "copy-mode": mode},
+            )
             qmp.wait_event("BLOCK_JOB_READY")
             error, _ = ask(guest, request(WRITE, MIB // 2 - 131072, 262144, payload=b"p" * 262144))
             assert error == 28

@@ -304,7 +304,10 @@ class Soak(Clients):
                 await self.command("block-job-set-speed", device="j", speed=self.chance.choice((0, 1 << 20, 16 << 20)))
             elif step == "change":
                 await self.command(
-                    "block-job-change", id="j", type="mirror", copy_mode=self.chance.choice(("background", "write-blocking"))
+                    "block-job-change",
+                    id="j",
+                    type="mirror",
+                    copy_mode=self.chance.choice(("background", "write-blocking")),
                 )
             elif step == "snapshot":
                 await self.command("blockdev-snapshot-sync", node_name=self.disk.chain[-1], snapshot_file="/nowhere/x")
@@ -372,7 +375,6 @@ class Soak(Clients):
                     if "Failed to find node" not in error.desc:  # it was closed with its last user
                         raise
                 self.disk.path(name).unlink()
-
 
     async def _opened_chain(self) -> list[str]:
         """The guest's chain of nodes, from the base up."""

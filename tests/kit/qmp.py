@@ -67,7 +67,9 @@ class Qmp:
         while "QMP" not in (first := self.receive()):
             self.events.append(first)
         greeting: dict[str, Any] = first["QMP"]
-        assert not self.events or "livedisk" not in greeting["version"]["package"], f"before the greeting: {self.events}"
+        assert not self.events or "livedisk" not in greeting["version"]["package"], (
+            f"before the greeting: {self.events}"
+        )
         return greeting
 
     def execute(self, command: str, /, **arguments: Any) -> Any:

@@ -56,7 +56,11 @@ _SETTINGS: dict[str, Any] = {"help_option_names": ["-h", "--help"], "max_content
 _SOCKET = click.argument("socket")
 _FOLDER = click.argument("folder", type=click.Path(path_type=Path))
 _DISKS = click.option(
-    "--disk", "disks", multiple=True, metavar="NAME", help="A device's id or a node's name; may be repeated. Default: all."
+    "--disk",
+    "disks",
+    multiple=True,
+    metavar="NAME",
+    help="A device's id or a node's name; may be repeated. Default: all.",
 )
 _JSON = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON, and no bars.")
 _TIMEOUT = click.option(
@@ -117,9 +121,13 @@ def _taking(kind: Kind, text: str) -> None:
     @_SOCKET
     @_FOLDER
     @_DISKS
-    @click.option("--bandwidth", default=0, type=click.IntRange(0), metavar="N", help="Bytes a second and disk; 0: no limit.")
+    @click.option(
+        "--bandwidth", default=0, type=click.IntRange(0), metavar="N", help="Bytes a second and disk; 0: no limit."
+    )
     @click.option("--compress", is_flag=True, help="Store data compressed.")
-    @click.option("--dry-run", is_flag=True, help="Say what would be copied and how long it would take; change nothing.")
+    @click.option(
+        "--dry-run", is_flag=True, help="Say what would be copied and how long it would take; change nothing."
+    )
     @_JSON
     @_TIMEOUT
     def command(
@@ -223,7 +231,9 @@ def list_command(folder: Path, as_json: bool) -> None:
 @_FOLDER
 @_DISKS
 @click.option("--checkpoint", "number", type=int, metavar="N", help="A checkpoint's number. Default: all.")
-@click.option("--against", metavar="SOCKET", help="Compare the newest checkpoint with the disks of the emulator at this monitor.")
+@click.option(
+    "--against", metavar="SOCKET", help="Compare the newest checkpoint with the disks of the emulator at this monitor."
+)
 @_NBD
 @_SCRATCH
 @_JSON
@@ -302,11 +312,15 @@ def restore_command(folder: Path, output: Path, disk: str | None, number: int | 
             name = disk or next(iter(checkpoint.images))
             image = checkpoint.images.get(name)
             if image is None:
-                raise BackupError(f"checkpoint {checkpoint.number} has no disk '{name}'; it has: {', '.join(checkpoint.images)}")
+                raise BackupError(
+                    f"checkpoint {checkpoint.number} has no disk '{name}'; it has: {', '.join(checkpoint.images)}"
+                )
             check_chain(folder, manifest, image, bars)
             await restore(folder, image, output, fmt, bars)
         if as_json:
-            _print_json({"disk": name, "checkpoint": checkpoint.number, "output": str(output), "bytes": image.virtual_size})
+            _print_json(
+                {"disk": name, "checkpoint": checkpoint.number, "output": str(output), "bytes": image.virtual_size}
+            )
         else:
             click.echo(f"{output}: '{name}' as of checkpoint {checkpoint.number}, {checkpoint.time} ({fmt})")
         return 0
@@ -320,7 +334,9 @@ def restore_command(folder: Path, output: Path, disk: str | None, number: int | 
 @click.option("--new", metavar="BITMAP", help="Start a bitmap of this name on every disk in that moment.")
 @click.option("--since", metavar="BITMAP", help="Freeze the bitmap of this name on every disk, and export it.")
 @_NBD
-@click.option("--socket-path", type=click.Path(path_type=Path), metavar="PATH", help="Where the NBD server is to listen.")
+@click.option(
+    "--socket-path", type=click.Path(path_type=Path), metavar="PATH", help="Where the NBD server is to listen."
+)
 @_SCRATCH
 @click.option("--exec", "command", metavar="COMMAND", help="Run a shell command meanwhile, and end with it.")
 @_TIMEOUT
@@ -377,4 +393,3 @@ async def _meanwhile(command: str | None) -> int:
         process.terminate()
         await process.wait()
         raise
-

@@ -81,7 +81,9 @@ class _Held:
                 await qmp.execute("nbd-server-start", addr=address)
             except QmpError as error:
                 if "already running" in str(error):
-                    raise BackupError("the emulator's NBD server is running: say with --nbd-socket where it listens") from None
+                    raise BackupError(
+                        "the emulator's NBD server is running: say with --nbd-socket where it listens"
+                    ) from None
                 raise
             self._started_server = True
         for disk in moment.disks:

@@ -166,7 +166,9 @@ class _Run:
     async def copy(self) -> Checkpoint:
         await self._prepare()
         started, moment = time.monotonic(), datetime.datetime.now(datetime.UTC)
-        actions = [action for plan, name in zip(self._plans, self._names, strict=True) for action in self._actions(plan, name)]
+        actions = [
+            action for plan, name in zip(self._plans, self._names, strict=True) for action in self._actions(plan, name)
+        ]
         # Not grouped: bitmaps cannot be added so, and a run that fails clears everything away anyhow.
         await self._qmp.call("transaction", {"actions": actions})
         seconds, copied = await self._wait(started)
@@ -238,7 +240,9 @@ class _Run:
 
         errors = await finish_jobs(self._qmp, self._names, seen)
         if errors:
-            raise BackupError("; ".join(f"the backup of '{titles[name]}' failed: {text}" for name, text in errors.items()))
+            raise BackupError(
+                "; ".join(f"the backup of '{titles[name]}' failed: {text}" for name, text in errors.items())
+            )
         return seconds, copied
 
     async def _checksum(self, plan: Plan) -> tuple[int, str]:

@@ -67,7 +67,9 @@ async def _check_structure(folder: Path, image: Image) -> None:
     async with opened((path, "qcow2", False)) as (backend,):
         node = backend.node
         if node.driver.backing_filename() != image.parent:
-            raise BackupError(f"{path} has the backing file {node.driver.backing_filename()}, and {image.parent} is its parent")
+            raise BackupError(
+                f"{path} has the backing file {node.driver.backing_filename()}, and {image.parent} is its parent"
+            )
         if node.size != image.virtual_size:
             raise BackupError(f"{path} shows {node.size} bytes, and the disk had {image.virtual_size}")
         try:

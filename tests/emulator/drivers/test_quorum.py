@@ -109,7 +109,9 @@ def test_votes_errors_and_events_are_those_of_qemu(name: str, short_path: Path) 
             path = short_path / f"{number}.raw"
             path.write_bytes(bytes([differing.get(number, 0)]) * 512 + bytes(MIB - 512))
             image = {"driver": "file", "filename": str(path)}
-            children.append({"driver": "raw", "node-name": f"c{number}", "file": {"driver": "blkdebug", "image": image, **fault}})
+            children.append(
+                {"driver": "raw", "node-name": f"c{number}", "file": {"driver": "blkdebug", "image": image, **fault}}
+            )
         with daemon, daemon.qmp() as qmp:
             qmp.call("blockdev-add", {"driver": "quorum", "node-name": "q", "children": children, **options})
             qmp.execute("block-export-add", type="nbd", id="e", node_name="q", writable=True)

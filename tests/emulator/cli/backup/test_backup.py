@@ -48,7 +48,15 @@ class Site:
 
     def take(self, kind: str, *more: str, expect: int = 0) -> str:
         return self.backup(
-            kind, str(self.daemon.qmp_socket), str(self.folder), "--disk", "disk0", "--disk", "disk1", *more, expect=expect
+            kind,
+            str(self.daemon.qmp_socket),
+            str(self.folder),
+            "--disk",
+            "disk0",
+            "--disk",
+            "disk1",
+            *more,
+            expect=expect,
         )
 
     def content(self, disk: int) -> bytes:
@@ -298,7 +306,9 @@ def test_usage_and_refusals(ours: Site) -> None:
     assert "no device with a writable disk" in ours.backup("full", socket, str(ours.folder), expect=1)
     ours.backup("full", socket, expect=2)
     ours.take("full")
-    assert "no checkpoint 9; there are: 1" in ours.backup("restore", str(ours.folder), "x", "--checkpoint", "9", expect=1)
+    assert "no checkpoint 9; there are: 1" in ours.backup(
+        "restore", str(ours.folder), "x", "--checkpoint", "9", expect=1
+    )
     assert "--disk is needed" in ours.backup("restore", str(ours.folder), "x", expect=2)
     listed = ours.backup("list", str(ours.folder))
     assert "disk1.0001.qcow2" in listed

@@ -51,7 +51,9 @@ def honest(command: int, cookie: int, offset: int, length: int) -> bytes | None:
 class Puppet:
     """A server that shakes hands and then answers as it is told. ``options`` replaces its answers to options."""
 
-    def __init__(self, answer: Answer = honest, *, size: int = SIZE, blocks: tuple[int, int, int] | None = None) -> None:
+    def __init__(
+        self, answer: Answer = honest, *, size: int = SIZE, blocks: tuple[int, int, int] | None = None
+    ) -> None:
         self.answer = answer
         self.greeting = raw.GREETING
         self.requests: list[tuple[int, int, int]] = []
@@ -178,7 +180,9 @@ def test_block_status_that_cannot_be(flags: bytes, text: str, short_path: Path) 
 
 def test_block_status_that_is_too_long_or_not_of_whole_blocks(short_path: Path) -> None:
     async def test() -> None:
-        answers = iter([struct.pack(">III", 0, SIZE * 2, 3), struct.pack(">III", 0, 700, 3), struct.pack(">III", 0, 100, 3)])
+        answers = iter(
+            [struct.pack(">III", 0, SIZE * 2, 3), struct.pack(">III", 0, 700, 3), struct.pack(">III", 0, 100, 3)]
+        )
         puppet = Puppet(lambda command, cookie, offset, length: chunk(1, 5, cookie, next(answers)))
         async with served(short_path, puppet) as options, opened(options) as disk:
             status = await block_status(disk.node, 0, SIZE)
@@ -279,10 +283,16 @@ def lie(**options: bytes) -> Callable[[Puppet], None]:
         (lie(EXTENDED=b"x" * 64), "Unexpected reply to option"),
         (lie(EXTENDED=struct.pack(">QIII", 0x3E889045565A9, 11, 1, 1 << 31)), "Unexpected reply to option"),
         (lie(SET_META=reply(raw.SET_META, 4, struct.pack(">I", 1) + b"x" * 5000)), "Unexpected reply type"),
-        (lie(SET_META=b"".join(reply(raw.SET_META, 4, struct.pack(">I", n) + b"x") for n in range(9))), "Unexpected reply"),
+        (
+            lie(SET_META=b"".join(reply(raw.SET_META, 4, struct.pack(">I", n) + b"x") for n in range(9))),
+            "Unexpected reply",
+        ),
         (lie(GO=reply(raw.GO, 1)), "no NBD_INFO_EXPORT"),
         (lie(GO=reply(raw.GO, 3, b"x")), "Unexpected reply type"),
-        (lie(GO=reply(raw.GO, 3, struct.pack(">HQH", 0, 1 << 63, FLAGS)) + reply(raw.GO, 1)), "export of 9223372036854775808"),
+        (
+            lie(GO=reply(raw.GO, 3, struct.pack(">HQH", 0, 1 << 63, FLAGS)) + reply(raw.GO, 1)),
+            "export of 9223372036854775808",
+        ),
         (lie(GO=reply(raw.GO, 2**31 + 2, b"go away")), r"Denied by server for option 7 \(go\)"),
         (lie(GO=reply(raw.GO, 2**31 + 5)), r"Server requires TLS for option 7 \(go\)"),
         (lie(GO=b""), "did not answer in time"),

@@ -27,7 +27,13 @@ Options = dict[str, Any]
 
 
 def on(socket: Path, export: str = "", **more: Any) -> Options:
-    return {"driver": "nbd", "server": {"type": "unix", "path": str(socket)}, "export": export, "discard": "unmap", **more}
+    return {
+        "driver": "nbd",
+        "server": {"type": "unix", "path": str(socket)},
+        "export": export,
+        "discard": "unmap",
+        **more,
+    }
 
 
 class ClassicServer(Process):
