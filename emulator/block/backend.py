@@ -66,6 +66,7 @@ class BlockBackend:
         self.start_write = self.relay.start_write
         self.known_size = 0
         self.throttle: Member | None = None
+        self._each_is_timed = False
         self._quiesced = 0
         self._in_flight = 0
         self._opened: asyncio.Future[None] | None = None
@@ -104,7 +105,8 @@ class BlockBackend:
         self.fast.reset()
         self.relay.reset()
         self.known_size = self.size
-        self.fast.enabled = not self._quiesced and self.root is not None and self.throttle is None
+        plain = self.throttle is None and not self._each_is_timed
+        self.fast.enabled = plain and not self._quiesced and self.root is not None
 
     # -- the gate --------------------------------------------------------------------------------------------------
     @property
@@ -134,6 +136,11 @@ class BlockBackend:
             if self._opened is not None:
                 opened, self._opened = self._opened, None
                 opened.set_result(None)
+
+    def time_each_request(self, timed: bool) -> None:
+        """Whether somebody wants to know of each request how long it takes, so that none may take the fast path."""
+        self._each_is_timed = timed
+        self.refresh()
 
     def set_throttle(self, group: ThrottleGroup | None) -> None:
         """Let the backend's requests share the limits of ``group``, or (None) of none."""

@@ -12,13 +12,14 @@ from __future__ import annotations
 
 import enum
 import time
-from collections.abc import Callable
+from bisect import bisect_right
+from collections.abc import Callable, Sequence
 from typing import Any, Final
 
 import msgspec
 
 from livedisk.emulator.block.flatmap import MISS
-from livedisk.emulator.qmp.qapi import QapiStruct
+from livedisk.emulator.qmp.qapi import UNSET, QapiStruct, UInt64, UnsetType
 
 SAMPLE: Final = 32
 """Of so many fast requests, one is timed. A power of two."""
@@ -34,6 +35,23 @@ class Kind(enum.StrEnum):
     WRITE = "wr"
     FLUSH = "flush"
     UNMAP = "unmap"
+
+
+class BlockLatencyHistogramInfo(QapiStruct):
+    """How many requests took how long: ``bins[i]`` of them from ``boundaries[i - 1]`` up to, not with, ``boundaries[i]``
+    nanoseconds; below the first boundary, and from the last one on, likewise."""
+
+    boundaries: list[UInt64]
+    bins: list[UInt64]
+
+
+class Timed(enum.StrEnum):
+    """What a latency histogram can be of; the values are the prefixes of QEMU's members."""
+
+    READ = "rd"
+    WRITE = "wr"
+    ZONE_APPEND = "zone_append"
+    FLUSH = "flush"
 
 
 class _Counters:
@@ -89,17 +107,45 @@ class BlockDeviceStats(QapiStruct, omit_defaults=False):
     account_invalid: bool = msgspec.field(name="account_invalid", default=False)
     account_failed: bool = msgspec.field(name="account_failed", default=False)
     timed_stats: list[dict[str, Any]] = msgspec.field(name="timed_stats", default_factory=list)
+    rd_latency_histogram: BlockLatencyHistogramInfo | UnsetType = msgspec.field(
+        name="rd_latency_histogram", default=UNSET
+    )
+    wr_latency_histogram: BlockLatencyHistogramInfo | UnsetType = msgspec.field(
+        name="wr_latency_histogram", default=UNSET
+    )
+    zone_append_latency_histogram: BlockLatencyHistogramInfo | UnsetType = msgspec.field(
+        name="zone_append_latency_histogram", default=UNSET
+    )
+    flush_latency_histogram: BlockLatencyHistogramInfo | UnsetType = msgspec.field(
+        name="flush_latency_histogram", default=UNSET
+    )
 
 
 class Accounting:
     """What one device was asked to do. ``account_invalid``, ``account_failed``: whether such requests count as use
-    (idle time), and failed ones into the times."""
+    (idle time), and failed ones into the times.
+
+    ``histograms``: how long requests took, where somebody asked (`set_histogram`). While there is one, no request may take
+    the fast path, which does not look at the clock for each: whoever sets one closes it.
+    """
 
     def __init__(self, *, account_invalid: bool = True, account_failed: bool = True) -> None:
         self.account_invalid = account_invalid
         self.account_failed = account_failed
+        self.histograms: dict[Timed, BlockLatencyHistogramInfo] = {}
         self._counters = {kind: _Counters() for kind in Kind}
         self._used_ns = 0
+
+    def set_histogram(self, of: Timed, boundaries: Sequence[int]) -> None:
+        """Count from now on how long requests take, in the bins between ``boundaries`` (nanoseconds). Raises ValueError if
+        these do not ascend from above 0; then nothing changes."""
+        if any(above <= below for below, above in zip([0, *boundaries], boundaries, strict=False)):
+            raise ValueError("the boundaries of a histogram must ascend")
+        self.histograms[of] = BlockLatencyHistogramInfo(list(boundaries), [0] * (len(boundaries) + 1))
+
+    def _took(self, kind: Kind, nanoseconds: int) -> None:
+        if kind is not Kind.UNMAP and (histogram := self.histograms.get(Timed(kind))) is not None:
+            histogram.bins[bisect_right(histogram.boundaries, nanoseconds)] += 1
 
     def touch(self) -> None:
         """The device is in use now."""
@@ -117,13 +163,16 @@ class Accounting:
         counters.bytes += length
         self._used_ns = now = _now()
         counters.total_ns += now - started
+        self._took(kind, now - started)
 
     def failed(self, kind: Kind, started: int) -> None:
         """A request failed."""
         counters = self._counters[kind]
         counters.failed += 1
+        now = _now()
+        self._took(kind, now - started)
         if self.account_failed:
-            self._used_ns = now = _now()
+            self._used_ns = now
             counters.total_ns += now - started
 
     def invalid(self, kind: Kind) -> None:
@@ -161,6 +210,8 @@ class Accounting:
             values[f"invalid_{kind}_operations"] = counters.invalid
             if kind is not Kind.FLUSH:
                 values[f"{kind}_bytes"] = counters.bytes + sum(sums[1] for sums in fast)
+        for of, histogram in self.histograms.items():
+            values[f"{of}_latency_histogram"] = BlockLatencyHistogramInfo([*histogram.boundaries], [*histogram.bins])
         if self._used_ns:
             values["idle_time_ns"] = _now() - self._used_ns
         return BlockDeviceStats(**values)

@@ -128,7 +128,7 @@ class CopyOnRead(Driver):
 
     # -- permissions and reopening -----------------------------------------------------------------------------------
     def child_perms(self, edge: Edge, perm: Perm, shared: Perm) -> tuple[Perm, Perm]:
-        if edge.node.read_only or perm == Perm.NONE:
+        if edge.node.read_only:
             return perm, shared
         return perm | Perm.CONSISTENT_READ | Perm.WRITE_UNCHANGED, shared
 

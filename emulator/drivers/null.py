@@ -31,7 +31,7 @@ class NullOptions(BlockdevOptions):
     """Bytes that it shows."""
     latency_ns: Nanoseconds = 0
     """How long every request takes at least, in nanoseconds."""
-    read_zeroes: bool = False
+    read_zeroes: bool | msgspec.UnsetType = msgspec.UNSET
     """Report in block status that everything reads as zeroes."""
 
 
@@ -57,11 +57,11 @@ class NullCo(Driver):
         return f"{self.name}://"
 
     def map(self, offset: int, length: int) -> Segment:
-        zero = self.options.read_zeroes and not self._seconds
+        zero = self.options.read_zeroes is True and not self._seconds
         return Segment(Kind.ZERO if zero else Kind.OPAQUE, length)
 
     async def status(self, offset: int, length: int) -> BlockStatus:
-        zero = Status.ZERO if self.options.read_zeroes else Status.DATA
+        zero = Status.ZERO if self.options.read_zeroes is True else Status.DATA
         return BlockStatus(zero | Status.ALLOCATED | Status.OFFSET_VALID, length, 1, self.node, self.node, offset)
 
     async def read(self, offset: int, view: memoryview) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 from livedisk.emulator.device.options import MODELS
-from livedisk.emulator.errors import DeviceNotFound, LiveDiskError
+from livedisk.emulator.errors import BlockError, DeviceNotFound, LiveDiskError
 from livedisk.emulator.qmp import qom
 from livedisk.emulator.qmp.context import Context
 from livedisk.emulator.qmp.object_commands import OBJECT_TYPES
@@ -147,8 +147,10 @@ def _properties_of(typename: str) -> list[ObjectPropertyInfo]:
 
 @command("device-list-properties", allow_preconfig=True)
 async def device_list_properties(ctx: Context, args: QomTypeName) -> list[ObjectPropertyInfo]:
-    """The properties that ``-device`` takes for a model. Raises DeviceNotFound."""
+    """The properties that ``-device`` takes for a model. Raises DeviceNotFound, BlockError for the type of something else."""
     if args.typename not in MODELS:
+        if args.typename in qom.types():
+            raise BlockError("Parameter 'typename' expects a non-abstract device type")
         raise DeviceNotFound(f"Device '{args.typename}' not found")
     return [*_of_device(), _BACKEND]
 
