@@ -8,8 +8,10 @@ import os
 import re
 from typing import Final
 
+from livedisk.emulator.block.descriptors import open_file
 from livedisk.emulator.block.driver import DRIVERS
 from livedisk.emulator.block.gate import claimed_format, image_options, protocol_options
+from livedisk.emulator.block.imagelock import give_up
 from livedisk.emulator.block.node import Node
 from livedisk.emulator.block.options import CacheOptions
 from livedisk.emulator.errors import BlockError
@@ -38,8 +40,11 @@ async def create_target(path: str, fmt: str, size: int, backing: Node | None) ->
         if backing is not None:
             raise BlockError(f"Backing file not supported for file format '{fmt}'")
         announce(path, fmt, size)
-        with open(path, "wb") as file:
-            os.truncate(file.fileno(), size)
+        fd, lease = open_file(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC)
+        try:
+            os.ftruncate(fd, size)
+        finally:
+            give_up(fd, lease)
         return
     if fmt != "qcow2":
         raise BlockError(f"Format driver '{fmt}' does not support image creation")

@@ -8,8 +8,10 @@ of processes can hold each; a conflict is found by asking whether a *write* lock
 permission that is wanted, on ``100 + i`` for each that is not shared. First lock, then ask: of two that come at once,
 at least one sees the other. livedisk and QEMU thus refuse each other's images in both directions.
 
-Locks belong to the open file description: they end when its last descriptor is closed, also by ``kill -9``. Source:
-QEMU ``block/file-posix.c`` (raw_apply_lock_bytes, raw_check_lock_bytes).
+Locks belong to the open file description: they end when its last descriptor is closed, also by ``kill -9``. Where the
+description is shared with others of this process (a set's descriptor, ``descriptors.py``), the kernel cannot tell them
+apart: the lease says what the others hold. Source: QEMU ``block/file-posix.c`` (raw_apply_lock_bytes,
+raw_check_lock_bytes).
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ import struct
 from collections.abc import Iterator
 from typing import Final
 
+from livedisk.emulator.block.descriptors import Lease
 from livedisk.emulator.block.permissions import Perm, perm_names
 from livedisk.emulator.errors import LockError
 
@@ -35,10 +38,12 @@ class ImageLock:
 
     ``prepare`` takes what new permissions need and checks them against other processes; then either ``commit`` drops
     what is no longer needed, or ``abort`` what was taken. The descriptor is given with each call, for it may change.
+    ``lease``: of a descriptor whose description is shared with others.
     """
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: str, lease: Lease | None = None) -> None:
         self._path = path
+        self._lease = lease
         self._used = Perm.NONE
         self._unshared = Perm.NONE
         self._held: set[int] = set()
@@ -64,10 +69,16 @@ class ImageLock:
         """Hold what was held before `prepare`."""
         self._drop(fd)
 
-    def copy_to(self, fd: int) -> None:
+    def copy_to(self, fd: int, lease: Lease | None = None) -> None:
         """Take every lock that is held also through another open file description of the same file."""
         for byte in self._held:
             _lock(fd, byte, fcntl.F_RDLCK)
+            if lease is not None:
+                lease.locked.add(byte)
+
+    def move(self, lease: Lease | None) -> None:
+        """What was copied is what is used from here on."""
+        self._lease = lease
 
     def _take(self, fd: int, used: Perm, unshared: Perm) -> None:
         for byte in _bytes(used, unshared):
@@ -77,19 +88,27 @@ class ImageLock:
                 except OSError as error:
                     raise LockError(f"Failed to lock byte {byte}: {os.strerror(error.errno or 0)}") from error
                 self._held.add(byte)
+                if self._lease is not None:
+                    self._lease.locked.add(byte)
 
     def _drop(self, fd: int) -> None:
         for byte in self._held - set(_bytes(self._used, self._unshared)):
-            _lock(fd, byte, fcntl.F_UNLCK)
+            if self._lease is not None:
+                unlock(fd, byte, self._lease)
+            else:
+                _lock(fd, byte, fcntl.F_UNLCK)
             self._held.discard(byte)
 
     def _check(self, fd: int, perm: Perm, unshared: Perm) -> None:
         for bit in perm:
-            if _is_locked(fd, UNSHARED_BASE + _number(bit)):
+            if self._is_locked(fd, UNSHARED_BASE + _number(bit)):
                 self._refuse(fd, "", bit, UNSHARED_BASE)
         for bit in unshared:
-            if _is_locked(fd, USED_BASE + _number(bit)):
+            if self._is_locked(fd, USED_BASE + _number(bit)):
                 self._refuse(fd, "shared ", bit, USED_BASE)
+
+    def _is_locked(self, fd: int, byte: int) -> bool:
+        return _is_locked(fd, byte) or (self._lease is not None and self._lease.others_lock(byte))
 
     def _refuse(self, fd: int, shared: str, bit: Perm, base: int) -> None:
         hint = f"Is another process using the image [{self._path}]?"
@@ -113,6 +132,22 @@ def _bytes(used: Perm, unshared: Perm) -> Iterator[int]:
 
 def _lock(fd: int, byte: int, kind: int) -> None:
     fcntl.fcntl(fd, fcntl.F_OFD_SETLK, _FLOCK.pack(kind, os.SEEK_SET, byte, 1, 0))
+
+
+def unlock(fd: int, byte: int, lease: Lease) -> None:
+    """Give up a lock that is shared with the other users of the descriptor: the last of them takes it away."""
+    lease.locked.discard(byte)
+    if not lease.others_lock(byte):
+        _lock(fd, byte, fcntl.F_UNLCK)
+
+
+def give_up(fd: int, lease: Lease | None) -> None:
+    """Close a descriptor. What it locked is unlocked, also where the description lives on in a set."""
+    if lease is not None:
+        for byte in list(lease.locked):
+            unlock(fd, byte, lease)
+        lease.release()
+    os.close(fd)
 
 
 def _is_locked(fd: int, byte: int) -> bool:

@@ -14,6 +14,9 @@ from typing import Annotated, Any, Final
 
 import msgspec
 
+from livedisk.emulator.block.descriptors import copy_socket
+from livedisk.emulator.errors import LiveDiskError
+
 _UINT16 = Annotated[int, msgspec.Meta(extra={"qapi": "uint16"})]
 UNIX_PATH: Final = 108
 """sizeof(sun_path): bytes that a path may have."""
@@ -52,7 +55,7 @@ class Vsock(_Struct):
 
 
 class Fd(_Struct):
-    """A descriptor of a socket that this process inherited, by number."""
+    """A descriptor of a socket: by the name that getfd gave it, on the command line by the number it was inherited with."""
 
     str: str
 
@@ -105,7 +108,10 @@ async def connect(address: AnyAddress) -> socket.socket:
     if isinstance(address, UnixAddress):
         return await _connect_unix(address)
     if isinstance(address, FdAddress):
-        return _take_descriptor(address)
+        try:
+            return copy_socket(address.str)
+        except LiveDiskError as error:
+            raise ConnectFailed(errno.EBADF, str(error)) from None
     raise ConnectFailed(errno.EAFNOSUPPORT, "socket family AF_VSOCK unsupported")
 
 
@@ -185,20 +191,3 @@ def inet_family(address: Inet) -> socket.AddressFamily:
     if four is False or (six is True and four is not True):
         return socket.AF_INET6
     return socket.AF_UNSPEC
-
-
-def _take_descriptor(address: FdAddress) -> socket.socket:
-    if not address.str.isdecimal():
-        raise ConnectFailed(errno.EBADF, f"File descriptor named '{address.str}' has not been found")
-    try:
-        # A copy, so that closing the connection leaves the number to whoever gave it to us.
-        copy = os.dup(int(address.str))
-    except (OSError, OverflowError):
-        raise ConnectFailed(errno.EBADF, f"File descriptor named '{address.str}' has not been found") from None
-    try:
-        sock = socket.socket(fileno=copy)
-    except OSError as error:
-        os.close(copy)
-        raise ConnectFailed(error.errno, f"File descriptor '{address.str}' is not a socket") from None
-    sock.setblocking(False)
-    return sock

@@ -8,6 +8,7 @@ import re
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, Final
 
+from livedisk.emulator.block import descriptors
 from livedisk.emulator.block.options import BlockdevOptions
 from livedisk.emulator.cli.daemon_options import DEVICES, MACHINE, MONITORS, STORAGE_DAEMON, TABLE
 from livedisk.emulator.cli.options import Given
@@ -18,7 +19,7 @@ from livedisk.emulator.exports.options import NbdExportOptions, NbdServerOptions
 from livedisk.emulator.qmp.chardev import MonitorOptions, StdioChardev, parse_chardev, parse_compat, parse_monitor
 from livedisk.emulator.qmp.keyval import HelpRequested, parse_option, parse_opts, parse_text
 from livedisk.emulator.qmp.object_commands import ObjectOptions
-from livedisk.emulator.qmp.visit import KEYVAL
+from livedisk.emulator.qmp.visit import KEYVAL, parse_integer
 
 log = logging.getLogger(__name__)
 _UUID: Final = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}\Z", re.IGNORECASE)
@@ -158,8 +159,10 @@ class Builder:
         self._paused = True
 
     def incoming(self, text: str) -> None:
-        if text != "defer" and text.partition(":")[0] not in ("tcp", "unix"):
-            raise ParameterError(f"unknown migration protocol: {text}", hint="Known: tcp:HOST:PORT, unix:PATH, defer")
+        if text != "defer" and text.partition(":")[0] not in ("tcp", "unix", "fd"):
+            raise ParameterError(
+                f"unknown migration protocol: {text}", hint="Known: tcp:HOST:PORT, unix:PATH, fd:N, defer"
+            )
         self.daemon.run_state.move(State.INMIGRATE)
 
     async def _await_migration(self) -> None:
@@ -182,6 +185,20 @@ class Builder:
     # -- steps -------------------------------------------------------------------------------------------------------
     async def object(self, given: Given) -> None:
         self.daemon.objects.add(parse_option(ObjectOptions, given.value, "qom-type"))
+
+    async def add_fd(self, given: Given) -> None:
+        """Sets are there before anything that could open one: they come with the objects."""
+        values = parse_opts(given.value, warn=self._warn(given))
+        unknown = next((name for name in values if name not in ("fd", "set", "opaque")), None)
+        if unknown is not None:
+            raise ParameterError(f"Invalid parameter '{unknown}'")
+        numbers = {}
+        for name in ("fd", "set"):
+            number = parse_integer(values.get(name, "-1"))
+            if number is None:
+                raise ParameterError(f"Parameter '{name}' expects a number")
+            numbers[name] = number
+        descriptors.inherit(numbers["fd"], numbers["set"], values.get("opaque"))
 
     async def blockdev(self, given: Given) -> None:
         await self.daemon.add_blockdev(parse_option(BlockdevOptions, given.value, "driver"))
@@ -269,6 +286,7 @@ _IDENTITY: Final[dict[str, Callable[[Builder, str], None]]] = {
 }
 
 _STEPS: Final[dict[str, Callable[[Builder, Given], Awaitable[None]]]] = {
+    "add-fd": Builder.add_fd,
     "object": Builder.object,
     "blockdev": Builder.blockdev,
     "nbd-server": Builder.nbd_server,

@@ -74,6 +74,13 @@ TABLE: tuple[Option, ...] = (
         "Export a node by the NBD server. (nbd-server-add on QMP also exports a device, which is the guest's door.)",
     ),
     _option(
+        "add-fd",
+        "fd=N,set=M[,opaque=TEXT]",
+        BUILD,
+        0,
+        "Put a descriptor that this process inherited into the set M: the file name /dev/fdset/M opens it. (On QMP: add-fd.)",
+    ),
+    _option(
         "chardev",
         "socket,id=ID,path=PATH,server=on,wait=off | socket,id=ID,host=HOST,port=PORT | socket,id=ID,fd=N | stdio,id=ID",
         CONTROL,
@@ -107,7 +114,7 @@ TABLE: tuple[Option, ...] = (
     _option("S", "", CONTROL, None, "Do not let the guest's I/O start; 'cont' does."),
     _option(
         "incoming",
-        "tcp:HOST:PORT | unix:PATH | defer",
+        "tcp:HOST:PORT | unix:PATH | fd:N | defer",
         CONTROL,
         None,
         "Wait for a guest that another livedisk hands over ('migrate'), its I/O held; it runs when it is here, with -S after "

@@ -19,7 +19,10 @@ others behind our back are not looked for. Source: QEMU ``block/file-posix.c``; 
 
 Where we differ: a reopen goes through ``/proc/self/fd``, so a file that was renamed or replaced meanwhile is still the
 one that was opened. ``aio`` takes QEMU's values and checks their conditions, but every value does I/O in the one way
-described in ``hostfile.py``. ``/dev/fdset/N`` needs a monitor command that is not here, and is refused by name.
+described in ``hostfile.py``.
+
+``/dev/fdset/N`` opens no path: it takes a copy of the descriptor of that set that fits (``descriptors.py``), also where the
+file is opened again with other flags.
 """
 
 from __future__ import annotations
@@ -34,7 +37,8 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Final
 
 import msgspec
 
-from livedisk.emulator.block import fallocate, pagecache
+from livedisk.emulator.block import fallocate, imagelock, pagecache
+from livedisk.emulator.block.descriptors import PREFIX, Lease, open_file
 from livedisk.emulator.block.driver import Driver, register
 from livedisk.emulator.block.extents import Extents, copy_extents
 from livedisk.emulator.block.hostfile import HostFile, direct_alignment, in_thread
@@ -95,7 +99,9 @@ class FileDriver(Driver):
     def __init__(self, node: Node, options: Any) -> None:
         super().__init__(node, options)
         self._lock: ImageLock | None = None
+        self._lease: Lease | None = None
         self._flags = 0
+        self._only_writable = False
         self._size = 0
         self._reopened: _Opened | None = None
         self._switched: _Opened | None = None
@@ -124,28 +130,37 @@ class FileDriver(Driver):
     async def open(self) -> None:
         path = self.options.filename
         self._check_options()
-        self._flags = self._wanted_flags(Perm.NONE, direct=self.node.cache_direct)
-        fd = _open(path, self._flags)
+        fd, lease = self._open_first(path)
         try:
             self._check_type(fd)
             alignment = _alignment(fd, direct=self.node.cache_direct, path=path)
         except BaseException:
-            os.close(fd)
+            imagelock.give_up(fd, lease)
             raise
+        self._lease = lease
         self.host = HostFile(fd, path, alignment=alignment)
         self.request_alignment = alignment
         self._size = whole_sectors(self._measure())
         if self.options.locking is not OnOffAuto.OFF:
-            self._lock = ImageLock(path)
+            self._lock = ImageLock(path, lease)
+
+    def _open_first(self, path: str) -> tuple[int, Lease | None]:
+        self._flags = self._wanted_flags(Perm.NONE, direct=self.node.cache_direct)
+        try:
+            return _open(path, self._flags)
+        except BlockError:
+            self._only_writable = path.startswith(PREFIX) and self.node.auto_read_only
+            writable = self._wanted_flags(Perm.NONE, direct=self.node.cache_direct)
+            if writable == self._flags:
+                raise
+        # A set with nothing but a descriptor for writing: there is no other way to have the file. QEMU refuses.
+        fd, lease = _open(path, writable)
+        self._flags = writable
+        return fd, lease
 
     def _check_options(self) -> None:
         if not self.options.filename:
             raise BlockError(f"The '{self.name}' block driver requires a file name")
-        if self.options.filename.startswith("/dev/fdset/"):
-            raise BlockError(
-                f"Could not open '{self.options.filename}': file descriptor sets are not supported",
-                hint="Give the path itself, or /proc/self/fd/N for a descriptor that was inherited.",
-            )
         if "\0" in self.options.filename:
             raise BlockError("A file name cannot contain a zero byte")
         if self.options.pr_manager is not msgspec.UNSET:
@@ -174,7 +189,7 @@ class FileDriver(Driver):
             if error.errno not in (errno.EINVAL, errno.EROFS):  # a special file, which has nothing to put there
                 raise
         finally:
-            os.close(self.host.fd)
+            imagelock.give_up(self.host.fd, self._lease)
 
     async def inactivate(self) -> None:
         """Let another process have the file: everything is on it, and it is not locked."""
@@ -358,24 +373,33 @@ class FileDriver(Driver):
         """The flags that the file must be open with."""
         node = self.node
         settings = node.reopening or node
-        writable = not settings.read_only and (bool(perm & _WRITERS) or not settings.auto_read_only)
+        may_wait = settings.auto_read_only and not self._only_writable
+        writable = not settings.read_only and (bool(perm & _WRITERS) or not may_wait)
         return (os.O_RDWR if writable else os.O_RDONLY) | (os.O_DIRECT if direct else 0)
 
     def _open_again(self, flags: int) -> _Opened:
         """The same inode with other flags."""
-        fd = _open(f"/proc/self/fd/{self.host.fd}", flags, shown=self.host.path)
+        path = self.options.filename
+        if not path.startswith(PREFIX):
+            path = f"/proc/self/fd/{self.host.fd}"
+        fd, lease = _open(path, flags, shown=self.host.path)
         try:
             alignment = _alignment(fd, direct=bool(flags & os.O_DIRECT), path=self.host.path)
             if self._lock is not None:
-                self._lock.copy_to(fd)
+                self._lock.copy_to(fd, lease)
         except BaseException:
-            os.close(fd)
+            imagelock.give_up(fd, lease)
             raise
-        return _Opened(fd, flags, alignment)
+        return _Opened(fd, flags, alignment, lease)
 
     def _adopt(self, opened: _Opened) -> None:
         if self._lock is not None:
-            self._lock.copy_to(opened.fd)  # those taken since it was opened
+            self._lock.copy_to(opened.fd, opened.lease)  # those taken since it was opened
+            self._lock.move(opened.lease)
+        if self._lease is not None:
+            # The description lives on in its set: closing this copy would not unlock it.
+            imagelock.give_up(os.dup(self.host.fd), self._lease)
+        self._lease = opened.lease
         self.host.switch(opened.fd, alignment=opened.alignment)
         self.request_alignment = opened.alignment
         self._flags = opened.flags
@@ -383,7 +407,7 @@ class FileDriver(Driver):
     def prepare_perms(self, perm: Perm, shared: Perm) -> None:
         if self._switched is not None:
             # Permissions are prepared twice in one transaction: the locks of what the first opened would be in the way.
-            os.close(self._switched.fd)
+            self._switched.close()
             self._switched = None
         if self._lock is not None:
             self._lock.prepare(self.host.fd, perm, shared)
@@ -405,7 +429,7 @@ class FileDriver(Driver):
 
     def abort_perms(self) -> None:
         if self._switched is not None:
-            os.close(self._switched.fd)
+            self._switched.close()
             self._switched = None
         if self._lock is not None:
             self._lock.abort(self.host.fd)
@@ -427,7 +451,7 @@ class FileDriver(Driver):
 
     def reopen_abort(self) -> None:
         if self._reopened is not None:
-            os.close(self._reopened.fd)
+            self._reopened.close()
             self._reopened = None
 
 
@@ -437,13 +461,18 @@ class _Opened(msgspec.Struct, frozen=True):
     fd: int
     flags: int
     alignment: int
+    lease: Lease | None
+
+    def close(self) -> None:
+        """It does not take it."""
+        imagelock.give_up(self.fd, self.lease)
 
 
-def _open(path: str, flags: int, *, shown: str = "") -> int:
+def _open(path: str, flags: int, *, shown: str = "") -> tuple[int, Lease | None]:
     """open(2) with QEMU's messages; ``shown`` is the name that they give where it is not ``path``."""
     shown = shown or path
     try:
-        return os.open(path, flags | os.O_CLOEXEC)
+        return open_file(path, flags)
     except OSError as error:
         if error.errno == errno.EINVAL and flags & os.O_DIRECT:
             raise BlockError(f"Could not open '{shown}': filesystem does not support O_DIRECT") from error

@@ -18,7 +18,9 @@ from typing import Final
 import msgspec
 
 from livedisk.emulator.block.creation import BlockdevCreateOptions, taken
+from livedisk.emulator.block.descriptors import PREFIX, open_file
 from livedisk.emulator.block.graph import Graph
+from livedisk.emulator.block.imagelock import give_up
 from livedisk.emulator.block.options import Size
 from livedisk.emulator.block.types import Preallocation
 from livedisk.emulator.drivers.file import FileOptions
@@ -65,6 +67,10 @@ async def create(graph: Graph, options: BlockdevCreateOptionsFile) -> None:
 
 def _make(path: str, options: BlockdevCreateOptionsFile) -> bool:
     """Have a file there. Returns whether there was none."""
+    if path.startswith(PREFIX):
+        fd, lease = open_file(path, os.O_RDWR | os.O_CREAT)
+        give_up(fd, lease)
+        return False
     try:
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
     except FileExistsError:
@@ -93,7 +99,7 @@ def set_nocow(fd: int) -> None:
 
 def _hint(path: str, options: BlockdevCreateOptionsFile) -> None:
     """The hints that only an empty file takes. A file system that knows none of them is no error, as with QEMU."""
-    fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+    fd, lease = open_file(path, os.O_RDWR)
     try:
         if options.nocow:
             set_nocow(fd)
@@ -103,4 +109,4 @@ def _hint(path: str, options: BlockdevCreateOptionsFile) -> None:
                 wanted = _FSXATTR.pack(flags | _FS_XFLAG_EXTSIZE, options.extent_size_hint & 0xFFFF_FFFF, *rest)
                 fcntl.ioctl(fd, _FS_IOC_FSSETXATTR, wanted)
     finally:
-        os.close(fd)
+        give_up(fd, lease)

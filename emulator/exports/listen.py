@@ -10,6 +10,7 @@ import errno
 import socket
 from typing import TYPE_CHECKING, Any, Final
 
+from livedisk.emulator.block.descriptors import refuse_socket, take_socket
 from livedisk.emulator.block.sockets import UNIX_PATH, Fd, Inet, Unix, Vsock, inet_family, unix_name
 from livedisk.emulator.errors import LiveDiskError
 
@@ -26,7 +27,7 @@ class ListenError(LiveDiskError):
 
 
 async def listen(server: NbdServer, address: Address) -> None:
-    """Let ``server`` accept clients at ``address``. Raises `ListenError` in QEMU's words."""
+    """Let ``server`` accept clients at ``address``. Raises LiveDiskError in QEMU's words."""
     if isinstance(address, Inet):
         for sock in await _bind_inet(address):
             server.listen_socket(sock)
@@ -72,15 +73,13 @@ def _bind_abstract(shown: str, name: bytes) -> socket.socket:
 
 
 def _listen_fd(server: NbdServer, address: Fd) -> None:
-    text = address.str
-    if not text.isdecimal():
-        raise ListenError(f"File descriptor named '{text}' has not been found")
+    sock = take_socket(address.str)
     try:
-        server.listen_fd(int(text))
-    except (OSError, OverflowError) as error:
-        if isinstance(error, OverflowError) or error.errno == errno.EBADF:
-            raise ListenError(f"File descriptor named '{text}' has not been found") from None
-        raise ListenError(f"File descriptor '{text}' is not a socket") from None
+        sock.listen(_BACKLOG)
+    except OSError as error:
+        refuse_socket(sock)
+        raise ListenError(f"Failed to listen on fd socket: {error.strerror}") from None
+    server.listen_socket(sock)
 
 
 # -- TCP ---------------------------------------------------------------------------------------------------------------

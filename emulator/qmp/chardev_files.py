@@ -10,7 +10,8 @@ import logging
 import os
 from typing import Final
 
-from livedisk.emulator.errors import LiveDiskError
+from livedisk.emulator.block.descriptors import open_file
+from livedisk.emulator.errors import BlockError, LiveDiskError
 from livedisk.emulator.qmp.chardev import FileChardev, PipeChardev, RingbufChardev
 from livedisk.emulator.qmp.monitor import Frontend
 
@@ -19,10 +20,16 @@ _CHUNK: Final = 64 << 10
 
 
 def _open(path: str, flags: int) -> int:
+    """The name may be one of a set of descriptors (``/dev/fdset/N``). Nothing is locked: the copy is the device's alone."""
     try:
-        return os.open(path, flags | os.O_CLOEXEC, 0o666)
+        fd, lease = open_file(path, flags, 0o666)
     except OSError as error:
         raise LiveDiskError(f"Could not open '{path}': {os.strerror(error.errno or 0)}") from error
+    except BlockError as error:
+        raise LiveDiskError(f"Could not open '{path}': {error}", hint=error.hint) from error
+    if lease is not None:
+        lease.release()
+    return fd
 
 
 class _Descriptors:
@@ -47,6 +54,9 @@ class _Descriptors:
                 view = view[os.write(self.writes_to, view) :]
         except OSError as error:
             log.warning("chardev %s: %d bytes were lost: %s", self.label, len(view), error.strerror)
+
+    def take_descriptor(self) -> None:
+        """Only sockets carry descriptors."""
 
     def set_reading(self, on: bool) -> None:
         if self.reads_from is None:
@@ -154,6 +164,9 @@ class RingbufDevice:
         found = bytes(self._data[:size])
         del self._data[:size]
         return found
+
+    def take_descriptor(self) -> None:
+        """Only sockets carry descriptors."""
 
     def set_reading(self, on: bool) -> None:
         """Nothing comes from a ring."""

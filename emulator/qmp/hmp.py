@@ -20,6 +20,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
+from livedisk.emulator.block import descriptors
 from livedisk.emulator.errors import LiveDiskError
 from livedisk.emulator.qmp.context import Context, Daemon
 from livedisk.emulator.qmp.monitor import Dispatcher, Port
@@ -250,6 +251,7 @@ class HumanMonitor:
         self._context = Context(daemon)
         self._dispatcher = dispatcher
         self._port: Port | None = None
+        self._names = descriptors.Names(lambda: self._port.take_descriptor() if self._port is not None else None)
         self._editor = LineEditor(PROMPT, self._echo, complete)
         self._keys = b""
         self._task: asyncio.Task[None] | None = None
@@ -295,7 +297,8 @@ class HumanMonitor:
         """Run a line. Returns whether more may follow."""
         # The editor counts bytes; what was typed is UTF-8.
         text = line.encode("latin-1").decode("utf-8", "surrogateescape")
-        output = await self._dispatcher.exclusively(run_line(self._context, text))
+        with descriptors.of_monitor(self._names):
+            output = await self._dispatcher.exclusively(run_line(self._context, text))
         if self._port is not None:
             self._port.write(output.encode("utf-8", "surrogateescape"))
             if not output and _is_last(text):

@@ -234,3 +234,23 @@ async def ringbuf_read(ctx: Context, args: Args) -> str:
 @hmp_command("info chardev", help="show the character devices")
 async def info_chardev(ctx: Context, args: Args) -> str:
     return "".join(f"{one['label']}: filename={one['filename']}\n" for one in await ask(ctx, "query-chardev"))
+
+
+# -- descriptors -------------------------------------------------------------------------------------------------------
+@hmp_command(
+    "getfd", args="fdname:s", params="getfd name", help="receive a file descriptor via SCM rights and assign it a name"
+)
+async def getfd(ctx: Context, args: Args) -> str:
+    await ask(ctx, "getfd", **args)
+    return ""
+
+
+@hmp_command(
+    "closefd",
+    args="fdname:s",
+    params="closefd name",
+    help="close a file descriptor previously passed via SCM rights",
+)
+async def closefd(ctx: Context, args: Args) -> str:
+    await ask(ctx, "closefd", **args)
+    return ""

@@ -30,6 +30,7 @@ from collections import deque
 from collections.abc import Callable, Coroutine
 from typing import Any, Final, Protocol, TypeVar
 
+from livedisk.emulator.block import descriptors
 from livedisk.emulator.errors import CommandNotFound, LiveDiskError
 from livedisk.emulator.qmp import encode
 from livedisk.emulator.qmp.context import Context, Daemon
@@ -52,6 +53,9 @@ class Port(Protocol):
 
     def set_reading(self, on: bool) -> None:
         """Stop or resume taking bytes in."""
+
+    def take_descriptor(self) -> int | None:
+        """The descriptor that came with the bytes taken in last, the taker's now; None: there was none."""
 
 
 class Frontend(Protocol):
@@ -128,6 +132,7 @@ class QmpMonitor:
         self._dispatcher = dispatcher
         self._encode: Callable[[Any], bytes] = encode.encode_pretty if pretty else encode.encode
         self._port: Port | None = None
+        self._names = descriptors.Names(lambda: self._port.take_descriptor() if self._port is not None else None)
         self._session = 0
         self._reset()
         daemon.events.attach(self._event)
@@ -242,7 +247,8 @@ class QmpMonitor:
         command: Command | None = None
         try:
             command, arguments = self._resolve(request)
-            result = to_wire(await command.run(self._context, arguments))
+            with descriptors.of_monitor(self._names):
+                result = to_wire(await command.run(self._context, arguments))
         except Exception as error:
             return _with_id(request, {"error": self._explain(error)})
         return _with_id(request, {"return": result}) if command.success_response else None
@@ -253,7 +259,8 @@ class QmpMonitor:
             command, arguments = self._resolve(request)
             running = command.run(self._context, arguments)
             try:
-                running.send(None)
+                with descriptors.of_monitor(self._names):
+                    running.send(None)
             except StopIteration as done:
                 result = to_wire(done.value)
             else:

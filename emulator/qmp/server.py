@@ -24,11 +24,13 @@ import stat
 from collections.abc import AsyncIterator, Callable
 from typing import Any, Final, Protocol, cast
 
+from livedisk.emulator.block.descriptors import refuse_socket, take_socket
 from livedisk.emulator.errors import LiveDiskError
 from livedisk.emulator.qmp import yank
 from livedisk.emulator.qmp.chardev import Chardev, FileChardev, NullChardev, PipeChardev, SocketChardev, StdioChardev
 from livedisk.emulator.qmp.monitor import Frontend
 from livedisk.emulator.qmp.object_commands import Objects
+from livedisk.emulator.qmp.rights import RightsTransport
 from livedisk.nbd.tls import ClientTls, ServerTls, reason_of
 
 log = logging.getLogger(__name__)
@@ -179,6 +181,10 @@ class Connection(asyncio.Protocol):
     # -- the frontend's side
     # ------------------------------------------------------------------------------------------
 
+    def take_descriptor(self) -> int | None:
+        taken: int | None = self._transport.take_descriptor() if isinstance(self._transport, RightsTransport) else None
+        return taken
+
     def plug(self, frontend: Frontend) -> None:
         """The frontend came after the connection."""
         self._frontend = frontend
@@ -231,16 +237,20 @@ class SocketDevice:
         self._listeners: list[socket.socket] = []
         self._paths: list[str] = []
         self._task: asyncio.Task[None] | None = None
+        self._passed_name = f"fd:{options.fd}"
 
     async def open(self, info: Info) -> None:
         """Listen or connect. Raises LiveDiskError."""
         if self.options.server:
             self._listeners = await _listen(self.options, self._paths)
+            self._name_passed(self._listeners[0])
             self._start(self._accept_forever())
         elif self._retry_after:
             self._start(self._connect_forever())
         else:
-            self._start(self._serve_and_forget(await _connect(self.options)))
+            client = await _connect(self.options)
+            self._name_passed(client)
+            self._start(self._serve_and_forget(client))
         yank.register("chardev", self.label, self._cut)
         if self.options.server and self.options.wait is not False:
             info(f"QEMU waiting for connection on: disconnected:{self.address},server=on")
@@ -274,12 +284,12 @@ class SocketDevice:
 
     @property
     def address(self) -> str:
-        """As QEMU writes it: ``unix:PATH``, ``tcp:HOST:PORT`` with the port in use, ``fd:N``."""
+        """As QEMU writes it: ``unix:PATH``, ``tcp:HOST:PORT`` with the port in use; of a descriptor what it is bound to."""
         options = self.options
         if options.path is not None:
             return f"unix:{options.path}"
         if options.host is None:
-            return f"fd:{options.fd}"
+            return self._passed_name
         host = f"[{options.host}]" if ":" in options.host else options.host
         port = self._listeners[0].getsockname()[1] if self._listeners else options.port
         return f"tcp:{host}:{port}"
@@ -291,6 +301,16 @@ class SocketDevice:
     def _retry_after(self) -> float:
         """Seconds between attempts to connect; 0: one attempt."""
         return (self.options.reconnect or 0) + (self.options.reconnect_ms or 0) / 1000
+
+    def _name_passed(self, passed: socket.socket) -> None:
+        """A descriptor's own address, while it is there."""
+        where = passed.getsockname()
+        if passed.family == socket.AF_UNIX:
+            path = where.decode(errors="replace") if isinstance(where, bytes) else where
+            self._passed_name = f"unix:{path}"
+        elif passed.family in (socket.AF_INET, socket.AF_INET6):
+            host = f"[{where[0]}]" if passed.family == socket.AF_INET6 else where[0]
+            self._passed_name = f"tcp:{host}:{where[1]}"
 
     def _start(self, work: Any) -> None:
         self._task = asyncio.get_running_loop().create_task(work, name=f"chardev-{self.label}")
@@ -341,7 +361,9 @@ class SocketDevice:
     async def _wrap(self, connection: Connection, client: socket.socket) -> None:
         """Let ``connection`` speak on the socket, through TLS if that is wanted."""
         loop, tls = asyncio.get_running_loop(), self._tls
-        if tls is None:
+        if tls is None and client.family == socket.AF_UNIX:
+            RightsTransport(client, connection)
+        elif tls is None:
             await loop.connect_accepted_socket(lambda: connection, client)
         elif isinstance(tls, ServerTls):
             await loop.connect_accepted_socket(
@@ -387,7 +409,7 @@ async def _listen(options: SocketChardev, paths: list[str]) -> list[socket.socke
     if options.path is not None:
         return [_listen_unix(options, options.path, paths)]
     if options.host is None:
-        return [_inherited(options, listening=True)]
+        return [_passed(options, listening=True)]
     listeners: list[socket.socket] = []
     try:
         async for family, address in _resolve(options, passive=True):
@@ -447,20 +469,22 @@ def _listen_tcp(family: int, address: tuple[Any, ...]) -> socket.socket:
     return listener
 
 
-def _inherited(options: SocketChardev, *, listening: bool) -> socket.socket:
-    """The socket behind ``fd=N``. Raises LiveDiskError if it is none, or is in the other role."""
-    number = int(options.fd or "-1", 0)
+def _passed(options: SocketChardev, *, listening: bool) -> socket.socket:
+    """The socket behind ``fd=``. Raises LiveDiskError if it is none, or is in the other role."""
+    name = options.fd or ""
+    passed = take_socket(name)
     try:
-        inherited = socket.socket(fileno=number)
-    except (OSError, ValueError):
-        raise LiveDiskError(f"File descriptor '{number}' is not a socket") from None
-    accepts = bool(inherited.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN))
-    if accepts != listening:
-        inherited.detach()
-        role = "not listening, but server=on" if listening else "listening, but server=off"
-        raise LiveDiskError(f"File descriptor '{number}' is {role}")
-    inherited.setblocking(False)
-    return inherited
+        if listening:
+            passed.listen(1)  # fails for one that is connected (QEMU: socket_listen)
+        elif passed.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
+            raise LiveDiskError(f"File descriptor '{name}' is listening, but server=off")
+    except OSError as error:
+        refuse_socket(passed)
+        raise LiveDiskError(f"Failed to listen on fd socket: {error.strerror}") from None
+    except LiveDiskError:
+        refuse_socket(passed)
+        raise
+    return passed
 
 
 async def _connect(options: SocketChardev) -> socket.socket:
@@ -468,7 +492,7 @@ async def _connect(options: SocketChardev) -> socket.socket:
     if options.path is not None:
         return await _connect_to(socket.AF_UNIX, _unix_address(options, options.path), options.path)
     if options.host is None:
-        return _inherited(options, listening=False)
+        return _passed(options, listening=False)
     failure: LiveDiskError | None = None
     async for family, address in _resolve(options, passive=False):
         try:

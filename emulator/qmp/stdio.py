@@ -131,6 +131,9 @@ class StdioDevice:
             log.warning("standard output leaves %d bytes unread: closing the monitor", UNREAD_LIMIT)
             self._end()
 
+    def take_descriptor(self) -> None:
+        """Only sockets carry descriptors."""
+
     def set_reading(self, on: bool) -> None:
         if on == self._reading or not self._open:
             return

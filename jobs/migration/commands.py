@@ -38,7 +38,7 @@ class HandOver(QapiStruct):
 
 
 class MigrateOptions(QapiStruct):
-    """``uri``: tcp:HOST:PORT or unix:PATH."""
+    """``uri``: tcp:HOST:PORT, unix:PATH or fd:NAME."""
 
     uri: str | UnsetType = UNSET
     x_hand_over: Annotated[HandOver | UnsetType, Meta(extra={"features": ("unstable",)})] = UNSET
@@ -95,7 +95,7 @@ async def migrate_continue(ctx: Context, args: MigrateContinue) -> None:
 
 
 class MigrateIncoming(QapiStruct):
-    """``uri``: tcp:HOST:PORT or unix:PATH. ``exit-on-error``: end the process if the migration fails."""
+    """``uri``: tcp:HOST:PORT, unix:PATH or fd:NAME. ``exit-on-error``: end the process if the migration fails."""
 
     uri: str | UnsetType = UNSET
     exit_on_error: bool = True

@@ -9,7 +9,8 @@ import socket
 from contextlib import suppress
 from typing import Final
 
-from livedisk.emulator.block.sockets import UnixAddress
+from livedisk.emulator.block.descriptors import take_socket
+from livedisk.emulator.block.sockets import FdAddress, UnixAddress
 from livedisk.emulator.device.runstate import State
 from livedisk.emulator.errors import LiveDiskError
 from livedisk.jobs.migration import state
@@ -51,13 +52,17 @@ class Incoming:
         self._exit_on_error = exit_on_error
         self._listeners: list[socket.socket] = []
         self._path = ""
+        self._passed: socket.socket | None = None
 
     async def open(self, address: Address) -> None:
-        """Listen. Raises MigrationError in QEMU's words."""
+        """Listen, or take the socket that is connected already. Raises LiveDiskError in QEMU's words."""
         self._context, self._admit = self._migration.server_context()
-
-        listener, where = await listen(address)
-        self._listeners, self._migration.addresses = [listener], [where]
+        if isinstance(address, FdAddress):
+            self._passed = take_socket(address.str)
+            self._migration.addresses = []
+        else:
+            listener, where = await listen(address)
+            self._listeners, self._migration.addresses = [listener], [where]
         self._path = address.path if isinstance(address, UnixAddress) else ""
         self._progress.started = now()
         self._migration.move(self._progress, _S.SETUP)
@@ -78,6 +83,11 @@ class Incoming:
 
     async def _first_migration(self) -> Channel:
         """Somebody who speaks our protocol. Others, who only look whether the port is open, are let go."""
+        if self._passed is not None:
+            channel = await self._greeted(self._passed)
+            if channel is None:
+                raise MigrationError("the passed socket's other end went before it said anything of use")
+            return channel
         loop = asyncio.get_running_loop()
         listener = self._listeners[0]
         listener.setblocking(False)

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final
 
-from livedisk.emulator.block.sockets import InetAddress, UnixAddress
+from livedisk.emulator.block.sockets import FdAddress, InetAddress, UnixAddress
 from livedisk.emulator.errors import LiveDiskError
 from livedisk.emulator.qmp.context import Daemon
 from livedisk.jobs.migration.events import BUSY, MigrationEvent, MigrationStatus
@@ -23,7 +23,7 @@ from livedisk.jobs.migration.wire import MigrationError
 
 log = logging.getLogger(__name__)
 
-Address = InetAddress | UnixAddress
+Address = InetAddress | UnixAddress | FdAddress
 TLS_SECONDS: Final = 10.0
 
 
@@ -132,7 +132,7 @@ def migration_of(daemon: Daemon) -> Migration:
 
 
 def parse_uri(uri: str) -> Address:
-    """``tcp:HOST:PORT`` or ``unix:PATH``. Raises MigrationError in QEMU's words."""
+    """``tcp:HOST:PORT``, ``unix:PATH`` or ``fd:NAME`` (a connected socket that getfd gave). Raises MigrationError."""
     kind, _, rest = uri.partition(":")
     if kind == "unix" and rest:
         return UnixAddress(path=rest)
@@ -141,12 +141,14 @@ def parse_uri(uri: str) -> Address:
         if colon and port.isdigit():
             return InetAddress(host=host.strip("[]"), port=port)
         raise MigrationError(f"error parsing address '{rest}'")
-    if kind in ("exec", "fd", "file", "rdma", "vsock"):
-        raise MigrationError(f"migration protocol '{kind}' is not supported; use tcp:HOST:PORT or unix:PATH")
+    if kind == "fd":
+        return FdAddress(str=rest)
+    if kind in ("exec", "file", "rdma", "vsock"):
+        raise MigrationError(f"migration protocol '{kind}' is not supported; use tcp:HOST:PORT, unix:PATH or fd:NAME")
     raise MigrationError(f"unknown migration protocol: {uri}")
 
 
-async def listen(address: Address) -> tuple[socket.socket, Address]:
+async def listen(address: InetAddress | UnixAddress) -> tuple[socket.socket, Address]:
     """A listening socket on the address, and where it really is. Raises MigrationError in QEMU's words."""
     if isinstance(address, UnixAddress):
         sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)

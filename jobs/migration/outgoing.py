@@ -8,7 +8,8 @@ import logging
 from collections.abc import Sequence
 from typing import Any, Final
 
-from livedisk.emulator.block.sockets import InetAddress
+from livedisk.emulator.block.descriptors import take_socket
+from livedisk.emulator.block.sockets import FdAddress, InetAddress, UnixAddress, shown
 from livedisk.emulator.device.runstate import State
 from livedisk.emulator.errors import LiveDiskError
 from livedisk.emulator.exports.node_export import NodeExport
@@ -67,6 +68,7 @@ class Outgoing:
         self._paused: list[NodeExport] = []
         self._held_since = 0.0
         self._before: State | None = None
+        self._passed = take_socket(address.str) if isinstance(address, FdAddress) else None
 
     def _mirror(self, name: str) -> MirrorJob:
         job = jobs_of(self._daemon).find(name)
@@ -134,14 +136,16 @@ class Outgoing:
             if context is None
             else {"ssl": context, "server_hostname": hostname or "", "ssl_handshake_timeout": TLS_SECONDS}
         )
-        where = f"{address.host}:{address.port}" if isinstance(address, InetAddress) else address.path
         try:
             if isinstance(address, InetAddress):
                 streams = await asyncio.open_connection(address.host or "localhost", int(address.port), **more)
+            elif self._passed is not None:
+                streams = await asyncio.open_connection(sock=self._passed, **more)
             else:
+                assert isinstance(address, UnixAddress)
                 streams = await asyncio.open_unix_connection(address.path, **more)
         except OSError as error:
-            raise MigrationError(f"Failed to connect to '{where}': {reason_of(error)}") from None
+            raise MigrationError(f"Failed to connect to '{shown(address)}': {reason_of(error)}") from None
         self._channel = channel = Channel(*streams, name)
         await channel.greet()
         return channel

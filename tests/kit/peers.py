@@ -82,11 +82,13 @@ def run(
     timeout: float = 60,
     cwd: Path | None = None,
     environment: Mapping[str, str] | None = None,
+    inherit: Sequence[int] = (),
 ) -> subprocess.CompletedProcess[str]:
     """Run a peer to its end.
 
     ``arguments[0]`` may be a peer's name. ``expect`` is the exit code that is no failure, or ``None`` if any is.
-    ``timeout`` is in seconds. ``environment`` is added to the test's own. Raises `PeerFailed`.
+    ``timeout`` is in seconds. ``environment`` is added to the test's own. ``inherit``: descriptors for it.
+    Raises `PeerFailed`.
     """
     first, *rest = (os.fspath(argument) for argument in arguments)
     command = [peer(first) if first in PACKAGES else first, *rest]
@@ -100,6 +102,7 @@ def run(
         timeout=timeout,
         cwd=cwd,
         env={**os.environ, **(environment or {})},
+        pass_fds=inherit,
         check=False,
     )
     if expect is not None and completed.returncode != expect:

@@ -11,7 +11,7 @@ import json
 import socket
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -84,6 +84,9 @@ class Qmp:
         if arguments:
             message["arguments"] = arguments
         self.send(message)
+        return self._answer(command, number)
+
+    def _answer(self, command: str, number: int) -> Any:
         while True:
             reply = self.receive()
             if "event" in reply:
@@ -94,6 +97,14 @@ class Qmp:
             if "error" in reply:
                 raise QmpError(command, reply["error"])
             return reply["return"]
+
+    def call_with(self, fds: Sequence[int], command: str, /, **arguments: Any) -> Any:
+        """`execute`, with descriptors sent along (SCM_RIGHTS). They stay the caller's."""
+        named = {name.replace("_", "-"): value for name, value in arguments.items()}
+        number = next(self._ids)
+        message = json.dumps({"execute": command, "id": number, "arguments": named}).encode() + b"\n"
+        socket.send_fds(self._socket, [message], list(fds))
+        return self._answer(command, number)
 
     def human(self, line: str) -> str:
         """Run a line of the human monitor."""

@@ -50,6 +50,9 @@ class RecordingPort:
     def set_reading(self, on: bool) -> None:
         self.reading = on
 
+    def take_descriptor(self) -> None:
+        """Nothing comes with what a test says."""
+
     def take(self) -> list[Any]:
         """The messages written since last asked."""
         lines, self.written = self.written.splitlines(), b""

@@ -1,7 +1,8 @@
 """The same session on QEMU and on livedisk, and where the two differ.
 
 A session is a list of steps: ``(command, arguments)`` for QMP (`step` writes one), a `Human` line for the human monitor, `Job`
-to wait until a job has come to a status, `Host` to run something between two commands. Everything runs in a folder of its own,
+to wait until a job has come to a status, `Host` to run something between two commands, `Passing` a command with descriptors.
+Everything runs in a folder of its own,
 by relative names, so that both answer with the same. What cannot be equal is evened out by `comparable`; a session adds its own.
 """
 
@@ -9,6 +10,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import os
 import re
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -49,7 +51,16 @@ class Host:
     act: Callable[[Path], Any]
 
 
-Step: TypeAlias = tuple[str, dict[str, Any]] | Human | Job | Host
+@dataclass(frozen=True)
+class Passing:
+    """A command with descriptors: ``opened`` gives them, from the folder; they are closed after it."""
+
+    opened: Callable[[Path], Sequence[int]]
+    command: str
+    arguments: dict[str, Any]
+
+
+Step: TypeAlias = tuple[str, dict[str, Any]] | Human | Job | Host | Passing
 EvenOut: TypeAlias = Callable[[str], str]
 
 
@@ -95,11 +106,19 @@ class Played:
             self._wait(one)
             return None
         try:
-            answer = self._qmp.call(*one)
+            answer = self._pass(one) if isinstance(one, Passing) else self._qmp.call(*one)
         except QmpError as error:
             answer = {"error": {"class": error.kind, "desc": error.desc}}
         self._collect()
         return comparable(answer, self._folder, self._even_out)
+
+    def _pass(self, one: Passing) -> Any:
+        fds = one.opened(self._folder)
+        try:
+            return self._qmp.call_with(fds, one.command, **one.arguments)
+        finally:
+            for fd in fds:
+                os.close(fd)
 
     def _wait(self, job: Job) -> None:
         deadline = time.monotonic() + 20

@@ -29,6 +29,7 @@ from typing import Any, Final, Protocol
 import msgspec
 
 from livedisk.emulator.block.backend import BlockBackend
+from livedisk.emulator.block.descriptors import PREFIX
 from livedisk.emulator.block.driver import driver_class
 from livedisk.emulator.block.graph import Graph
 from livedisk.emulator.block.options import Size
@@ -427,8 +428,11 @@ async def _open_new(graph: Graph, path: str, made: list[str], *, nocow: bool) ->
     """Make the file if it is not there, and open it for writing, sharing all but its size."""
     kind = "file"
     try:
-        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
-        made.append(path)
+        if path.startswith(PREFIX):
+            fd = -1  # there already, if it is anywhere
+        else:
+            fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
+            made.append(path)
     except FileExistsError:
         fd = -1
         if stat.S_ISBLK(os.stat(path).st_mode):

@@ -14,9 +14,9 @@ from livedisk.emulator.block.sockets import AnyAddress, ConnectFailed, FdAddress
 @pytest.mark.parametrize(
     ("address", "message"),
     [
-        (FdAddress(str="foo"), "File descriptor named 'foo' has not been found"),
-        (FdAddress(str="987"), "File descriptor named '987' has not been found"),
-        (FdAddress(str="9" * 20), f"File descriptor named '{'9' * 20}' has not been found"),
+        (FdAddress(str="foo"), "Unable to parse FD number foo"),
+        (FdAddress(str="987"), "File descriptor '987' is not a socket"),
+        (FdAddress(str="9" * 20), f"Unable to parse FD number {'9' * 20}"),
         (UnixAddress(path="x" * 109), f"UNIX socket path '{'x' * 109}' is too long"),
         (UnixAddress(path="x" * 108, abstract=True), f"UNIX socket path '{'x' * 108}' is too long"),
         (InetAddress(host="::", port="1", ipv4=False, ipv6=False), "Cannot disable IPv4 and IPv6 at same time"),

@@ -13,6 +13,7 @@ import pytest
 from kit import libnbd
 from kit.memory_disk import Bench
 from kit.places import free_port
+from livedisk.emulator.errors import LiveDiskError
 from livedisk.emulator.exports.listen import ListenError
 from livedisk.emulator.exports.options import (
     FdAddress,
@@ -123,16 +124,16 @@ def test_an_inherited_descriptor() -> None:
 @pytest.mark.parametrize(
     ("address", "message"),
     [
-        (FdAddress(str="foo"), "File descriptor named 'foo' has not been found"),
-        (FdAddress(str="987"), "File descriptor named '987' has not been found"),
-        (FdAddress(str="9" * 20), f"File descriptor named '{'9' * 20}' has not been found"),
+        (FdAddress(str="foo"), "Unable to parse FD number foo"),
+        (FdAddress(str="987"), "File descriptor '987' is not a socket"),
+        (FdAddress(str="9" * 20), f"Unable to parse FD number {'9' * 20}"),
         (VsockAddress(cid="1", port="2"), "socket family AF_VSOCK unsupported"),
         (InetAddress(host="127.0.0.1", port="5", to=4), "port range '5-4' is empty: 'to' is below 'port'"),
         (UnixAddress(path="x" * 120, abstract=True), f"UNIX socket path '{'x' * 120}' is too long"),
     ],
 )
 def test_refused_addresses(address: Address, message: str) -> None:
-    with pytest.raises(ListenError) as caught:
+    with pytest.raises(LiveDiskError) as caught:
         listening(address, _size_of_nothing)
     assert str(caught.value) == message
 

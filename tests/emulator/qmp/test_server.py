@@ -364,7 +364,7 @@ def test_descriptors_refused() -> None:
             os.close(read)
             os.close(write)
         one, other = socket.socketpair()
-        with pytest.raises(LiveDiskError, match="not listening"):
+        with pytest.raises(LiveDiskError, match="Failed to listen on fd socket: Invalid argument"):
             await open_chardev(parse_chardev(f"socket,id=a,fd={one.fileno()},server=on,wait=off"))
         one.close()
         other.close()
