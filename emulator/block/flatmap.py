@@ -204,7 +204,8 @@ class FlatMap:
 
     def _sift(self, granule: int) -> int:
         """Resolve a granule and those around it, layer by layer, where the drivers can (`Driver.sift`): a deep chain costs a
-        table look-up a layer, not a request's path. Returns its entry, or 0 where that is to be found out otherwise."""
+        table look-up a layer, not a request's path. Filters that show their child as it is are passed. Returns its
+        entry, or 0 where that is to be found out otherwise."""
         node, shift = self._root, self._shift
         assert node is not None
         first = granule & -SIFT
@@ -218,7 +219,13 @@ class FlatMap:
             found: dict[int, int] = {}
             below = node.driver.sift(shift, left, found)
             if below is None:
-                break
+                passed = self._pass_filter(node, granule, left)
+                if passed is None:
+                    break
+                left, child, straight_down = passed
+                in_place = in_place and straight_down and not node.read_only
+                node = child
+                continue
             left, edge = below
             if found:
                 self._keep(found, edge, in_place=in_place and not node.read_only)
@@ -234,6 +241,27 @@ class FlatMap:
             node, in_place = backing.node, False
         region = self._regions.get(granule >> REGION_BITS)
         return 0 if region is None else region[granule & (REGION - 1)]
+
+    def _pass_filter(self, node: Node, granule: int, left: list[int]) -> tuple[list[int], Node, bool] | None:
+        """Where a node shows its child's bytes in their own place: the granules, with ``granule`` if it is among them, of which
+        that is so, the child, and whether they may be written past both. None: it does not."""
+        shift = self._shift
+        start = (granule if granule in left else left[0]) << shift
+        end = min(left[-1] + 1 << shift, self._size)
+        try:
+            segment = node.driver.map(start, end - start)
+        except NotMapped:
+            return None
+        source = segment.source
+        if segment.kind is not Kind.DATA or source is None or isinstance(source, HostFile) or segment.offset != start:
+            return None
+        child = source.node
+        if child.size < node.size:
+            return None
+        end = min(end, start + segment.length)
+        inside = [number for number in left if number << shift >= start and min(number + 1 << shift, self._size) <= end]
+        plain = child.detect_zeroes is DetectZeroes.OFF and not child.trackers
+        return inside, child, segment.in_place and plain
 
     def _keep(self, found: dict[int, int], edge: Edge, *, in_place: bool) -> None:
         """Store what a driver sifted, with host offsets behind ``edge``, which must lead straight to a host file."""
