@@ -215,7 +215,8 @@ class Job(ABC):
         for hook in (self.commit if self.error is None else self.abort, self.clean):
             try:
                 await hook()
-            except (OSError, LiveDiskError):
+            except Exception:
+                # Whatever it was: a job that never ends keeps its nodes, and whoever waits for it, for ever.
                 log.exception("job %s: %s", self.id, hook.__name__)
         if self.started:
             self.announce_end()

@@ -130,7 +130,7 @@ class CopyOnRead(Driver):
     def child_perms(self, edge: Edge, perm: Perm, shared: Perm) -> tuple[Perm, Perm]:
         if edge.node.read_only:
             return perm, shared
-        return perm | Perm.CONSISTENT_READ | Perm.WRITE_UNCHANGED, shared
+        return perm | Perm.WRITE_UNCHANGED, shared
 
     async def reopen_prepare(self, options: Any, *, read_only: bool) -> None:
         self.check_unchanged(options)

@@ -231,7 +231,7 @@ class Survey:
             image=image,
             cache=BlockdevCacheInfo(writeback=writeback, direct=node.cache_direct, no_flush=node.cache_no_flush),
             dirty_bitmaps=[*map(_bitmap, node.bitmaps), *map(_own_bitmap, node.driver.own_bitmaps())] or UNSET,
-            write_threshold=node.write_threshold,
+            write_threshold=_signed(node.write_threshold),
             active=True,
         )
 
@@ -281,6 +281,11 @@ class Survey:
             snapshots=[_snapshot(entry) for entry in (keeper.driver.snapshots() if keeper else ())] or UNSET,
             format_specific=UNSET if specific is None else dict(specific),
         )
+
+
+def _signed(number: int) -> int:
+    """A number of 64 bits as QEMU shows it where the schema says ``int``."""
+    return number - (1 << 64) if number >> 63 else number
 
 
 def _bitmap(bitmap: DirtyBitmap) -> BlockDirtyInfo:

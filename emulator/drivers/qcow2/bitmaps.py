@@ -29,7 +29,8 @@ a barrier at each arrow::
 If the disk refuses a mark (no space), the guest's write goes on and the tracking ends instead (`_give_up`): our autoclear bit
 goes first, so that the bitmaps are what they are with every other program, inconsistent if we die now, and stored if we close.
 
-While an image is resized all its bitmaps are in use and tracked, with tables for the larger of both sizes.
+While an image is resized all its bitmaps are in use and tracked, with tables for the larger of both sizes. An image
+of no size has none that is exact: neither QEMU nor anybody could read it.
 
 Source: QEMU ``docs/interop/qcow2.txt``, "Bitmaps extension"; refusals from ``block/qcow2-bitmap.c``.
 """
@@ -159,6 +160,14 @@ class PersistentBitmaps:
         """The bitmaps that the image should have, by name, the oldest first."""
         found = {one.name: one for one in self._image.node.bitmaps if one.persistent and not one.removing}
         return {os.fsencode(name): one for name, one in reversed(found.items()) if name is not None}
+
+    def _storable(self, mode: _Mode) -> dict[bytes, DirtyBitmap]:
+        """Those of `_bitmaps` that the image may have now: without a size none that is exact, which nobody could read again
+        (QEMU refuses such an image)."""
+        found = self._bitmaps()
+        if self._image.size:
+            return found
+        return {name: one for name, one in found.items() if one.inconsistent or _flags(one, mode) & IN_USE}
 
     def _needing_marks(self) -> frozenset[bytes]:
         if self._image.node.read_only or self._hopeless:
@@ -337,7 +346,7 @@ class PersistentBitmaps:
 
     def _up_to_date(self, mode: _Mode) -> bool:
         """Whether the directory says what it should, and exact bitmaps are as they should be."""
-        bitmaps = self._bitmaps()
+        bitmaps = self._storable(mode)
         if bitmaps.keys() != self._stored.keys():
             return False
         for name, bitmap in bitmaps.items():
@@ -371,7 +380,7 @@ class PersistentBitmaps:
         tracking = self._tracking
         if mode is not _Mode.EXACT:
             self._mark_in_flight()
-        bitmaps = self._bitmaps()
+        bitmaps = self._storable(mode)
         leaving = [stored for name, stored in self._stored.items() if name not in bitmaps]
         normal: dict[bytes, StoredBitmap] = {}
         kept: dict[bytes, StoredBitmap] = {}
@@ -490,6 +499,11 @@ class PersistentBitmaps:
         done. Raises OSError or BlockError."""
         async with self._lock:
             self._image.node.bitmaps.follow_size()
+            lost = [os.fsdecode(name) for name in self._bitmaps().keys() - self._storable(_Mode.EXACT).keys()]
+            if lost:
+                log.warning(
+                    "node '%s': an image of no size keeps no bitmaps: %s", self._image.node.name, ", ".join(lost)
+                )
             if not self._up_to_date(_Mode.EXACT):
                 await self._publish(_Mode.EXACT)
             self._hopeless = False
@@ -557,6 +571,8 @@ class PersistentBitmaps:
             return f"Granularity is under minimum ({1 << GRANULARITIES[0]} bytes)"
         if not self._has_room(self._image.size, granularity):
             return "Too much space will be occupied by the bitmap. Use larger granularity"
+        if not self._image.size:
+            return "An image of no size keeps no bitmaps"
         if len(name) > MAX_BITMAP_NAME:
             return f"Name length exceeds maximum ({MAX_BITMAP_NAME} characters)"
         return check_directory_size((*self._bitmaps(), name), MAX_BITMAPS)

@@ -236,6 +236,29 @@ def test_bitmaps_follow_the_size(variant: str, sizes: tuple[int, ...], tmp_path:
         assert theirs(path, name, short_path) == runs
 
 
+@pytest.mark.parametrize("bitmap", [("b",), ("--disable", "b")], ids=["records", "does not"])
+def test_an_image_of_no_size_keeps_no_bitmaps_and_can_be_opened(bitmap: tuple[str, ...], tmp_path: Path) -> None:
+    """Nobody can read an exact bitmap of nothing: QEMU 10.0.2 refuses the whole image."""
+    path = image(tmp_path, "default", bitmap)
+
+    async def scene(*sizes: int) -> None:
+        async with opened(path) as disk:
+            for size in sizes:
+                async with disk.graph.drained(disk.node):
+                    await disk.node.truncate(size)
+                qemu_img("info", "-U", path)  # as after a crash here
+            if not disk.node.size:
+                with pytest.raises(BlockError, match="An image of no size keeps no bitmaps"):
+                    disk.driver.image.bitmaps.check_storable("other", 65536)
+
+    asyncio.run(scene(0, SIZE))
+    assert look(path, "b") == {"b": [(0, SIZE)]}  # there were bytes before
+    qemu_img("check", path)
+    asyncio.run(scene(0))
+    assert flags(path) == {}
+    qemu_img("check", path)
+
+
 def test_no_space_for_a_mark_ends_the_tracking_and_not_the_guest(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, short_path: Path
 ) -> None:
