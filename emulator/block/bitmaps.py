@@ -12,12 +12,12 @@ A job that copies what a bitmap says *freezes* it: `DirtyBitmap.freeze` hands th
 itself stays as it is. In the end the successor takes its place (`abdicate`: everything was copied), or is merged back
 (`reclaim`: nothing is lost).
 
-Writes are cheap however many bitmaps there are: all recording bitmaps of one granularity share one `_Recorder` among the
-node's trackers, which sets one bit a write. What it gathered is folded into each of them only when one is looked at. A lone
-bitmap is its recorder's own, and nothing is ever folded.
+Writes are cheap however many bitmaps there are: all recording bitmaps share one `_Recorder` among the node's trackers, which
+sets one bit a write and granularity. What it gathered is folded into each of them only when one is looked at. Where a bitmap is
+the only one of its granularity, its own bits are set, and nothing is ever folded.
 
 Invariants
-* A write is in every recording bitmap before it is acknowledged: recorders are ``DirtyTracker``s.
+* A write is in every recording bitmap before it is acknowledged: the recorder is a ``DirtyTracker``.
 * `DirtyBitmap.bits` is the one way to the bits; it folds first.
 * What a bitmap says may be too dirty, never too clean. A node that shrinks and grows again is dirty where it had bytes
   before (QEMU: clean, so that a backup would miss the change); a change that is taken back keeps what was written since.
@@ -249,59 +249,56 @@ class DirtyBitmap:
 
 
 class _Recorder:
-    """What records for all recording bitmaps of one granularity: a `DirtyTracker`.
+    """What records for all recording bitmaps of a node: a `DirtyTracker`.
 
-    ``bits``: the lone member's own, or what was written since the last `fold`.
+    ``groups``: those of one granularity each. A group has one array: the lone member's own bits, or what was written since the
+    last `fold`. ``_arrays``: each group's shift and array, for the loop that every write goes through.
     """
 
-    def __init__(self, node: Node, members: list[DirtyBitmap]) -> None:
+    def __init__(self, node: Node, groups: list[list[DirtyBitmap]]) -> None:
         self._node = node
-        self.members = members
+        self._groups = groups
         self._gathered = False
-        self._shift = members[0].shift
-        if len(members) == 1:
-            self.bits = members[0].bits
-        else:
-            self.bits = zeros(len(members[0].bits))
+        self._arrays: list[tuple[int, bitarray]] = []
+        self.resized()
 
     def mark(self, offset: int, length: int) -> None:
-        """Record a write. Hot: nearly every one lies in one granule."""
-        shift = self._shift
-        first = offset >> shift
-        last = offset + length - 1 >> shift
+        """Record a write. Hot: nearly every one lies in one granule of each array."""
         self._gathered = True
-        if first == last:
-            try:
-                self.bits[first] = 1
-            except IndexError:
-                self._outgrown(offset, length)
-        else:
-            self.bits[first : last + 1] = 1
-            if last >= len(self.bits):
-                self._outgrown(offset, length)
-
-    def _outgrown(self, offset: int, length: int) -> None:
-        """A write that made the node longer (the file below an image): all its bitmaps follow, then it is recorded."""
-        self._node.bitmaps.follow_size()
-        self._gathered = True  # following folds
-        self.bits[offset >> self._shift : (offset + length - 1 >> self._shift) + 1] = 1
+        end = offset + length - 1
+        try:
+            for shift, bits in self._arrays:
+                first = offset >> shift
+                if first == end >> shift:
+                    bits[first] = 1
+                else:
+                    bits[first : (end >> shift) + 1] = 1
+                    bits[end >> shift]  # raises IndexError where that was not all
+        except IndexError:
+            # A write that made the node longer (the file below an image): all its bitmaps follow, then it is recorded.
+            self._node.bitmaps.follow_size()
+            self._gathered = True  # following folds
+            for shift, bits in self._arrays:
+                bits[offset >> shift : (end >> shift) + 1] = 1
 
     def resized(self) -> None:
         """The members have other bits, and what was gathered (`fold`). Not a new recorder: the trackers may be walked through
         just now."""
-        own = self.members[0].bits
-        if len(self.members) == 1:
-            self.bits = own
-        elif len(self.bits) != len(own):
-            self.bits = zeros(len(own))
+        self._arrays = [
+            (members[0].shift, members[0]._bits if len(members) == 1 else zeros(len(members[0]._bits)))
+            for members in self._groups
+        ]
 
     def fold(self) -> None:
         """Let every member have what was gathered."""
-        if self._gathered and len(self.members) > 1:
-            self._gathered = False
-            for one in self.members:
-                add(one._bits, self.bits)
-            wipe(self.bits)
+        if not self._gathered:
+            return
+        self._gathered = False
+        for members, (_, bits) in zip(self._groups, self._arrays, strict=True):
+            if len(members) > 1:
+                for one in members:
+                    add(one._bits, bits)
+                wipe(bits)
 
 
 class Undo:
@@ -336,7 +333,7 @@ class Bitmaps:
     def __init__(self, node: Node) -> None:
         self._node = node
         self._all: list[DirtyBitmap] = []
-        self._recorders: list[_Recorder] = []
+        self._recorder: _Recorder | None = None
 
     def __iter__(self) -> Iterator[DirtyBitmap]:
         self.follow_size()
@@ -382,9 +379,9 @@ class Bitmaps:
 
     def forget(self) -> None:
         """The node is closed: its bitmaps' memory goes now, not when what refers to the node in a circle is collected."""
-        for recorder in self._recorders:
-            self._node.trackers.remove(recorder)
-        self._recorders.clear()
+        if self._recorder is not None:
+            self._node.trackers.remove(self._recorder)
+            self._recorder = None
         self._all.clear()
 
     def default_granularity(self) -> int:
@@ -401,8 +398,8 @@ class Bitmaps:
             return
         for one in self._all:
             one.resize(size)
-        for recorder in self._recorders:
-            recorder.resized()
+        if self._recorder is not None:
+            self._recorder.resized()
 
     def others(self, trackers: list[DirtyTracker]) -> list[DirtyTracker]:
         """Those of the trackers that are not bitmaps."""
@@ -410,20 +407,21 @@ class Bitmaps:
 
     def regroup(self) -> None:
         """Which bitmaps record has changed: make the node's trackers anew."""
-        for recorder in self._recorders:
-            recorder.fold()
-            self._node.trackers.remove(recorder)
-        recorded_before = bool(self._recorders)
+        before = self._recorder
+        if before is not None:
+            before.fold()
+            self._node.trackers.remove(before)
         groups: dict[int, list[DirtyBitmap]] = {}
         for one in self._all:
             one._recorder = None
             if not one.disabled:
                 groups.setdefault(one.shift, []).append(one)
-        self._recorders = [_Recorder(self._node, members) for members in groups.values()]
-        for recorder in self._recorders:
-            for one in recorder.members:
-                one._recorder = recorder
-            self._node.trackers.append(recorder)
+        self._recorder = _Recorder(self._node, list(groups.values())) if groups else None
+        if self._recorder is not None:
+            for members in groups.values():
+                for one in members:
+                    one._recorder = self._recorder
+            self._node.trackers.append(self._recorder)
         self._node.driver.bitmaps_changed()
-        if recorded_before != bool(self._recorders):
+        if (before is None) != (self._recorder is None):
             self._node.mapping_changed()  # a flat map from further up must not write past the trackers of this node

@@ -304,11 +304,11 @@ class Run:
     def copy(self) -> Sample:
         """Time the job alone."""
         start = self.prepare()
-        before, began = self._cpu(), time.perf_counter()
+        before, began = self.daemon.cpu_seconds(), time.perf_counter()
         start()
         self.monitor.wait("BLOCK_JOB_READY" if self.row.kind in ("mirror", "active commit") else "BLOCK_JOB_COMPLETED")
         took = time.perf_counter() - began
-        return Sample(self.size / took, 0, self._cpu() - before, self.daemon.memory("VmHWM"))
+        return Sample(self.size / took, 0, self.daemon.cpu_seconds() - before, self.daemon.memory("VmHWM"))
 
     def beside_a_guest(self, seconds: float) -> Sample:
         """Let the guest and jobs run for ``seconds``."""
@@ -326,7 +326,7 @@ class Run:
         thread = threading.Thread(target=guest)
         thread.start()
         time.sleep(0.6)
-        before, began, moved = self._cpu(), time.perf_counter(), 0
+        before, began, moved = self.daemon.cpu_seconds(), time.perf_counter(), 0
         start()
         while True:
             progress, over = self._progress()
@@ -339,7 +339,7 @@ class Run:
             else:
                 time.sleep(min(0.02, left))
         took = time.perf_counter() - began
-        cpu = self._cpu() - before
+        cpu = self.daemon.cpu_seconds() - before
         thread.join()
         self._end()
         if "failed" in done:
@@ -359,10 +359,6 @@ class Run:
         self.monitor.wait("BLOCK_JOB_CANCELLED", "BLOCK_JOB_COMPLETED")
         while self.monitor.run("query-block-jobs"):
             time.sleep(0.005)
-
-    def _cpu(self) -> float:
-        fields = Path(f"/proc/{self.daemon.child.pid}/stat").read_text().rpartition(")")[2].split()
-        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 @dataclass

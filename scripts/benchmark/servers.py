@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import os
 import socket
 import subprocess
 import sys
@@ -77,6 +78,16 @@ class Server:
             if line.startswith(f"{field}:"):
                 return int(line.split()[1]) * 1024
         raise ServerFailed(f"{self.name} has ended")
+
+    def reset_peak(self) -> int:
+        """Set ``VmHWM`` back to what is resident now, and tell that."""
+        Path(f"/proc/{self.child.pid}/clear_refs").write_text("5")
+        return self.memory("VmHWM")
+
+    def cpu_seconds(self) -> float:
+        """CPU time that the server has used."""
+        fields = Path(f"/proc/{self.child.pid}/stat").read_text().rpartition(")")[2].split()
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
     def stop(self) -> None:
         self.child.terminate()

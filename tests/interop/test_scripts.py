@@ -89,3 +89,30 @@ def test_bench_of_jobs_measures_copies_and_what_the_guest_is_left(tmp_path: Path
             assert sample["rate"] > 0
             assert (sample["iops"] > 0) == name.endswith(("randread", "randwrite"))
     assert "| mirror, raw to qcow2 |" in done.stdout
+
+
+@pytest.mark.slow
+def test_bench_of_bitmaps_measures_commands_and_what_the_guest_keeps(tmp_path: Path) -> None:
+    data = tmp_path / "bitmaps.json"
+    arguments = [
+        "--bitmaps",
+        "--quick",
+        "--seconds=0.2",
+        "--size=32",
+        "--markdown",
+        f"--json={data}",
+        f"--dir={tmp_path}",
+    ]
+    done = run([sys.executable, BENCH, *arguments], timeout=240)
+    rows = json.loads(data.read_text())["rows"]
+    for title in (
+        "add a persistent bitmap",
+        "load both (open the image)",
+        "qcow2, 4 KiB random write, four persistent bitmaps",
+    ):
+        for daemon in ("qemu-storage-daemon", "livedisk"):
+            assert all(sample["seconds"] > 0 for sample in rows[title][daemon])
+    # Generous: what a bitmap of 2 MiB may cost at the most, not what it does.
+    assert all(sample["memory"] < 20 << 20 for title in rows for sample in rows[title]["livedisk"])
+    assert all(sample["iops"] > 0 for sample in rows["raw, 4 KiB random write, four bitmaps"]["livedisk"])
+    assert "| merge one into another |" in done.stdout
