@@ -25,6 +25,7 @@ from collections.abc import Awaitable, Callable, Coroutine, Iterable
 from typing import Any
 
 from livedisk.emulator import drivers
+from livedisk.emulator.block.activity import activate_all
 from livedisk.emulator.block.graph import Graph
 from livedisk.emulator.block.node import Node
 from livedisk.emulator.block.options import BlockdevOptions
@@ -119,6 +120,7 @@ class Daemon:
         self.devices = DeviceTree(self.graph, self.run_state, self.events.emit, self._is_iothread)
         self.exports = BlockExports(self.graph, self.devices, self.events.emit, self._is_iothread, self.objects)
         self.graph.parse_options = self.parse_options
+        self.run_state.before_run.append(lambda: activate_all(self.graph))
         throttle_commands.connect(self.graph.throttle_groups, self.objects)
         self.graph.client_tls = self._client_tls
         self.graph.on_corruption.append(self._announce_corruption)

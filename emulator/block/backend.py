@@ -41,7 +41,9 @@ class BlockBackend:
 
     ``description``: as QEMU's messages name it ("block device 'x'", "an unnamed block device"). ``known_size``: the
     node's size (bytes) when it was last looked at. ``on_resize``, ``on_root_changed``: called after the node's size, or
-    the node itself, changed. ``throttle``: its part in a group of limits, or None.
+    the node itself, changed. ``throttle``: its part in a group of limits, or None. ``resting``: what it needs and shares once
+    its node is active again (`activity.py`); None: that is so now. ``rests``: whether that is fine with it; None: unless it may
+    write.
     """
 
     of_job = False
@@ -65,6 +67,8 @@ class BlockBackend:
         self.start_read = self.relay.start_read
         self.start_write = self.relay.start_write
         self.known_size = 0
+        self.rests: Callable[[], bool] | None = None
+        self.resting: tuple[Perm, Perm] | None = None
         self.throttle: Member | None = None
         self._each_is_timed = False
         self._quiesced = 0
@@ -107,6 +111,12 @@ class BlockBackend:
         self.known_size = self.size
         plain = self.throttle is None and not self._each_is_timed
         self.fast.enabled = plain and not self._quiesced and self.root is not None
+
+    def may_rest(self) -> bool:
+        """Whether its node may be inactivated: it loses its permissions for as long."""
+        if self.rests is not None:
+            return self.rests()
+        return self.root is None or not self.root.perm & _WRITE
 
     # -- the gate --------------------------------------------------------------------------------------------------
     @property
@@ -282,7 +292,7 @@ class BlockBackend:
         await self._finish(self._flush(await self._enter()))
 
     async def _flush(self, node: Node) -> None:
-        if not node.read_only:
+        if not node.read_only and node.active:
             await node.flush()
 
     async def truncate(self, size: int, *, exact: bool = True, prealloc: Preallocation = Preallocation.OFF) -> None:

@@ -147,6 +147,9 @@ class Driver(ABC):
     async def activate(self) -> None:
         """Undo `inactivate`: drop cached metadata and read it anew."""
 
+    def measure_again(self) -> None:
+        """A node above is activated: others may have changed the size of what is stored here."""
+
     # -- where -----------------------------------------------------------------------------------------------------
     @property
     @abstractmethod

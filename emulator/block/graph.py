@@ -27,7 +27,7 @@ from livedisk.emulator.block.blockers import check_not_busy
 from livedisk.emulator.block.driver import Driver, driver_class
 from livedisk.emulator.block.node import Edge, Node, Parent
 from livedisk.emulator.block.options import BlockdevOptions
-from livedisk.emulator.block.permissions import Perm, Role, check_edges
+from livedisk.emulator.block.permissions import CHANGES, Perm, Role, check_edges, inactive_perms, perm_names
 from livedisk.emulator.block.settings import Settings, settle
 from livedisk.emulator.block.throttle import DrainListener, ThrottleGroups
 from livedisk.emulator.block.transaction import Transaction
@@ -186,6 +186,9 @@ class Graph:
         """Change what a backend needs and shares. On a conflict nothing changes."""
         edge = backend.root
         assert edge is not None
+        if backend.resting is not None:
+            backend.resting = perm, shared
+            return
         old = edge.perm, edge.shared
         with Transaction() as steps:
             edge.perm, edge.shared = perm, shared
@@ -471,6 +474,8 @@ class Graph:
                 self._check_access(node, wanted, closing)
                 for edge in node.children.values():
                     below, below_shared = node.driver.child_perms(edge, perm, shared)
+                    if not node.active:
+                        below, below_shared = inactive_perms(below, below_shared)
                     wanted[edge] = below, Perm.ALL if edge.node.force_share else below_shared
                 if (perm, shared) != (node.perm, node.shared):
                     changed.append((node, perm, shared))
@@ -496,6 +501,10 @@ class Graph:
         needs = Perm.NONE
         for edge in node.parents:
             needs |= wanted[edge][0]
+            if not node.active and isinstance(edge.parent, Node) and edge.parent.active:
+                raise BlockError(f"Inactive '{node.name}' can't be a {edge.name} child of active '{edge.parent.name}'")
+        if not node.active and (denied := needs & CHANGES):
+            raise BlockError(f"Permission '{perm_names(denied)}' unavailable on inactive node")
         # The last block may reach past the end: writing it grows the file.
         if needs & Perm.WRITE and not needs & Perm.RESIZE and node.size % node.driver.request_alignment:
             raise BlockError(

@@ -136,7 +136,7 @@ class InFlight:
 class Node:
     """A node of the graph. Made by `Graph`; never directly.
 
-    Attributes: ``name``; ``driver``; ``options`` as given; ``children`` by edge name; ``parents``; ``read_only``;
+    Attributes: ``name``; ``driver``; ``options`` as given; ``children`` by edge name; ``parents``; ``read_only``; ``active``;
     ``discard``; ``detect_zeroes``; ``cache_direct``, ``cache_no_flush``; ``force_share``; ``implicit`` (made by a job,
     hidden from users); ``monitor_owned`` (blockdev-add made it, so blockdev-del ends it); ``opened_by`` and
     ``opened_role``: the node inside whose options this one was described, whose settings it inherits where its own
@@ -155,6 +155,7 @@ class Node:
         self.children: dict[str, Edge] = {}
         self.parents: list[Edge] = []
         self.read_only = False
+        self.active = options.active is not False
         self.auto_read_only = False
         self.discard_mode = Discard.IGNORE
         self.detect_zeroes = DetectZeroes.OFF
@@ -358,9 +359,10 @@ class Node:
             await self.driver.read(offset, part)
 
     def check_writable(self) -> None:
-        """Raise EPERM if the node is read-only."""
-        if self.read_only:
-            raise PermissionError(errno.EPERM, f"node '{self.name}' is read-only")
+        """Raise EPERM if the node is read-only or inactive."""
+        if self.read_only or not self.active:
+            state = "read-only" if self.read_only else "inactive"
+            raise PermissionError(errno.EPERM, f"node '{self.name}' is {state}")
 
     async def write(self, offset: int, data: memoryview, *, fua: bool = False) -> None:
         """Write ``data`` at ``offset`` (bytes); with ``fua`` it is on stable storage on return."""

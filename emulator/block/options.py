@@ -55,4 +55,6 @@ class BlockdevOptions(msgspec.Struct, rename="kebab", kw_only=True, forbid_unkno
     read_only: bool | msgspec.UnsetType = msgspec.UNSET
     auto_read_only: bool | msgspec.UnsetType = msgspec.UNSET
     force_share: bool | msgspec.UnsetType = msgspec.UNSET
+    active: bool | msgspec.UnsetType = msgspec.UNSET
+    """False: another process may have the image (`activity.py`); cannot be changed by a reopen."""
     detect_zeroes: DetectZeroes | msgspec.UnsetType = msgspec.UNSET

@@ -30,6 +30,10 @@ class Perm(enum.IntFlag):
     ALL = 15
 
 
+CHANGES = Perm.WRITE | Perm.WRITE_UNCHANGED | Perm.RESIZE
+"""What only an active node gives."""
+
+
 class BlockPermission(enum.StrEnum):
     """One permission, in introspection's spelling."""
 
@@ -91,6 +95,11 @@ def storage_perms(role: Role, perm: Perm, shared: Perm, *, writable: bool) -> tu
         if perm & Perm.WRITE:
             perm |= Perm.RESIZE
     return perm, shared
+
+
+def inactive_perms(perm: Perm, shared: Perm) -> tuple[Perm, Perm]:
+    """What an inactive node needs of a child: only to look. Who has the image now may write it."""
+    return perm & ~CHANGES, shared | Perm.WRITE | Perm.RESIZE
 
 
 def check_edges(edges: list[Edge], wanted: dict[Edge, tuple[Perm, Perm]]) -> None:

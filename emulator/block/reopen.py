@@ -105,6 +105,14 @@ class _Plan:
         """Note new options for the node, and what follows for the children that inherit from it."""
         if options.force_share not in (UNSET, node.force_share):
             raise BlockError("Cannot change the option 'force-share'")
+        if options.active is not node.options.active:
+            reset = options.active is UNSET
+            raise BlockError(
+                "Option 'active' cannot be reset to its default value"
+                if reset
+                else "Cannot change the option 'active'",
+                hint="Use blockdev-set-active.",
+            )
         settings = settle(options, inherited, node.opened_role if inherited else Role.NONE)
         if settings.force_share != node.force_share:
             raise BlockError("Cannot change the option 'force-share'")

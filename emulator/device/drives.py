@@ -108,6 +108,7 @@ class Drives:
             raise BlockError(f"Device name '{spec.name}' conflicts with an existing node name")
         backend = BlockBackend(self._graph, spec.name)
         backend.user_name = spec.name
+        backend.rests = lambda: True
         drive = Drive(
             spec, backend, Accounting(account_invalid=spec.account_invalid, account_failed=spec.account_failed)
         )

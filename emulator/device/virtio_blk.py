@@ -95,6 +95,7 @@ class VirtioBlk:
         self.backend_path = f"{path}/virtio-backend"
         self.drive = drive
         self.backend = BlockBackend(graph, self.backend_path) if drive is None else drive.backend
+        self.backend.rests = lambda: not run_state.running
         self.accounting = Accounting() if drive is None else drive.accounting
         if options.account_invalid is not OnOffAuto.AUTO:
             self.accounting.account_invalid = options.account_invalid is OnOffAuto.ON

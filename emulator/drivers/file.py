@@ -209,6 +209,9 @@ class FileDriver(Driver):
             await in_thread(os.posix_fadvise, fd, 0, 0, os.POSIX_FADV_DONTNEED)
             if self.options.x_check_cache_dropped and await in_thread(pagecache.resident, fd):
                 raise BlockError("page cache still in use!")
+        self.measure_again()
+
+    def measure_again(self) -> None:
         self._size = whole_sectors(self._measure())
 
     # -- where -------------------------------------------------------------------------------------------------------
@@ -409,7 +412,7 @@ class FileDriver(Driver):
             # Permissions are prepared twice in one transaction: the locks of what the first opened would be in the way.
             self._switched.close()
             self._switched = None
-        if self._lock is not None:
+        if self._lock is not None and self.node.active:
             self._lock.prepare(self.host.fd, perm, shared)
         try:
             flags = self._wanted_flags(perm, direct=self.node.cache_direct)
@@ -424,7 +427,7 @@ class FileDriver(Driver):
         if self._switched is not None:
             switched, self._switched = self._switched, None
             self._adopt(switched)
-        if self._lock is not None:
+        if self._lock is not None and self.node.active:
             self._lock.commit(self.host.fd, perm, shared)
 
     def abort_perms(self) -> None:

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Final
 
 import msgspec
 
+from livedisk.emulator.block.activity import activate
 from livedisk.emulator.block.bitmaps import DirtyBitmap
 from livedisk.emulator.block.graph import Graph
 from livedisk.emulator.block.node import Node
@@ -173,6 +174,8 @@ class BlockExports:
             raise ExportError("Cannot export read-only node as writable")
         if isinstance(options.iothread, str) and not self._known_iothread(options.iothread):
             raise ExportError(f'iothread "{options.iothread}" not found')
+        if isinstance(target, Node) and not options.allow_inactive:
+            await activate(self._graph, target)
         self._make(target, options)
 
     async def add_legacy(self, options: NbdServerAdd) -> None:
@@ -195,6 +198,8 @@ class BlockExports:
             writable=options.writable and not _read_only(target),
             bitmaps=[options.bitmap] if isinstance(options.bitmap, str) else [],
         )
+        if isinstance(target, Node):
+            await activate(self._graph, target)
         self._make(target, wanted)
 
     def _check_id(self, ident: str) -> None:
@@ -273,6 +278,7 @@ class BlockExports:
             with_depth=options.allocation_depth,
             bitmaps=bitmaps,
             shared_clients=shared_clients,
+            allow_inactive=options.allow_inactive,
         )
         export.attach(target)
         return export

@@ -36,7 +36,7 @@ class NodeExport:
     """``livedisk.nbd.export.Export`` on a node. Made detached: `attach` puts it there.
 
     ``writethrough``: every write is on stable storage when it is answered. ``shared_clients``: whether more than one
-    client may be connected, which is when multi-conn is offered.
+    client may be connected, which is when multi-conn is offered. ``allow_inactive``: whether the node may be inactive.
     """
 
     def __init__(
@@ -50,6 +50,7 @@ class NodeExport:
         with_depth: bool = False,
         bitmaps: Sequence[DirtyBitmap] = (),
         shared_clients: bool = True,
+        allow_inactive: bool = False,
     ) -> None:
         self.name = name
         self.description = description
@@ -60,6 +61,8 @@ class NodeExport:
         self.preferred_block = PREFERRED_BLOCK
         self.max_payload = MAX_PAYLOAD
         self.backend = BlockBackend(graph)
+        if allow_inactive:
+            self.backend.rests = lambda: True
         self.try_read: FastPath = self.backend.try_read
         self.try_write: FastPath = declines if writethrough else self.backend.try_write
         self.start_read = self.backend.start_read
@@ -75,7 +78,11 @@ class NodeExport:
         # A resize under clients that know the old size is not allowed, as with QEMU; all else is. In two steps as there,
         # so that a node that is in use is refused for what the export needs before what it denies.
         with Transaction() as steps:
-            self._graph.attach_root(self.backend, node, perm, Perm.ALL, steps)
+            if node.active:
+                self._graph.attach_root(self.backend, node, perm, Perm.ALL, steps)
+            else:
+                self.backend.resting = perm, Perm.ALL
+                self._graph.attach_root(self.backend, node, Perm.NONE, Perm.ALL, steps)
             self._graph.set_root_permissions(self.backend, perm, Perm.ALL & ~Perm.RESIZE)
         self.min_block = node.driver.request_alignment
         self.preferred_block = max(self.preferred_block, self.min_block)

@@ -89,7 +89,8 @@ class BlockExportOptions(QapiStruct):
     """What every type of export takes.
 
     ``writethrough``: every write is on stable storage before it is answered. ``iothread``, ``fixed-iothread``: there
-    is one loop, so that an existing iothread's name changes nothing.
+    is one loop, so that an existing iothread's name changes nothing. ``allow-inactive``: the node need not be active; while it
+    is not, writes are refused. Without, it is activated.
     """
 
     id: str
@@ -98,6 +99,7 @@ class BlockExportOptions(QapiStruct):
     iothread: str | UnsetType = UNSET
     writethrough: bool = False
     writable: bool = False
+    allow_inactive: bool = False
 
 
 class NbdExportOptions(BlockExportOptions, tag="nbd", tag_field="type"):

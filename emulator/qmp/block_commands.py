@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 
+from livedisk.emulator.block import activity
 from livedisk.emulator.block.backend import BlockBackend
 from livedisk.emulator.block.blockers import check_not_busy
 from livedisk.emulator.block.node import Node
@@ -40,6 +41,26 @@ class BlockdevDel(QapiStruct):
 async def blockdev_del(ctx: Context, args: BlockdevDel) -> None:
     """Close a node that nobody uses."""
     await ctx.daemon.graph.delete(args.node_name)
+
+
+class BlockdevSetActive(QapiStruct, kw_only=True):
+    """``node-name``: without it, every node."""
+
+    node_name: str | UnsetType = UNSET
+    active: bool
+
+
+@command("blockdev-set-active", allow_preconfig=True)
+async def blockdev_set_active(ctx: Context, args: BlockdevSetActive) -> None:
+    """Take an image for this process, or give it up for another (`block/activity.py`)."""
+    graph = ctx.daemon.graph
+    if not isinstance(args.node_name, str):
+        await (activity.activate_all if args.active else activity.inactivate_all)(graph)
+        return
+    node = graph.nodes.get(args.node_name)
+    if node is None:
+        raise NodeNotFound(f"Failed to find node with node-name='{args.node_name}'")
+    await (activity.activate if args.active else activity.inactivate)(graph, node)
 
 
 class BlockdevReopen(QapiStruct):

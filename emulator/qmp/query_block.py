@@ -232,7 +232,7 @@ class Survey:
             cache=BlockdevCacheInfo(writeback=writeback, direct=node.cache_direct, no_flush=node.cache_no_flush),
             dirty_bitmaps=[*map(_bitmap, node.bitmaps), *map(_own_bitmap, node.driver.own_bitmaps())] or UNSET,
             write_threshold=_signed(node.write_threshold),
-            active=True,
+            active=node.active,
         )
 
     def _shown(self, node: Node) -> Node:

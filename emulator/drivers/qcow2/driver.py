@@ -97,7 +97,8 @@ class Qcow2(Driver):
         """Open the image and what it stands on. Raises BlockError (ImageError for a bad image) or OSError."""
         edge = await self.node.graph.open_child(self.node, self.options.file, "file", Role.IMAGE)
         header = await read_header(edge.node, self._purpose())
-        if header.dirty and not self.node.read_only:
+        self._inactive = not self.node.active
+        if header.dirty and not (self.node.read_only or self._inactive):
             # Imported here: few images need it, and start-up counts.
             from livedisk.emulator.drivers.qcow2.repair import repair_dirty
 
@@ -115,7 +116,7 @@ class Qcow2(Driver):
         self._clean_later(interval)
 
     def _purpose(self) -> Purpose:
-        return Purpose.READ if self.node.read_only else Purpose.WRITE
+        return Purpose.READ if self.node.read_only or not self.node.active else Purpose.WRITE
 
     async def _open_data_file(self, header: Header) -> None:
         if not header.has_data_file:
@@ -140,6 +141,8 @@ class Qcow2(Driver):
         self.image = image
         await image.load()
         self.map_granularity = image.geometry.subcluster_size
+        if not self.node.active:
+            return  # the image is another process's: nothing is written, and its bitmaps are not ours
         if not self.node.read_only and header.prepare_for_writing():
             await image.write_header()
         await image.bitmaps.load()
