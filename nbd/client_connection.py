@@ -3,6 +3,7 @@
 * Requests made in one turn of the event loop leave in one system call: header and payload are queued, never copied, and sent
   by `sendmsg` at the end of the turn. What the socket does not take waits there, and so do the callers: what is queued is
   bounded by what they have under way.
+* A payload may stand in files (`file_payload.py`), where the stream is a plain socket.
 * Replies are received into one large buffer that all connections share, many at a time. The data of a long read is
   received straight into the caller's buffer.
 
@@ -21,12 +22,13 @@ import socket
 from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
 from itertools import islice
-from typing import Final, Protocol
+from typing import Final, Protocol, cast
 
 from .buffers import fresh
 from .client_handshake import ClientHandshake, ExportInfo, NegotiationFailed
 from .client_transmission import NO_FLAGS, ClientTransmission, Pending, ProtocolError
 from .constants import Command, CommandFlag, ReplyMode
+from .file_payload import FilePayload, Sending
 from .poller import UPSTREAM
 from .readiness import readable, writable
 
@@ -42,6 +44,8 @@ _TURNS: Final = 16
 """Receives in a row before others get their turn."""
 _PIECES: Final = 256
 """Buffers in one system call; Linux takes 1024."""
+_IN_A_ROW: Final = 4 << 20
+"""Bytes sent in a row before others get their turn: a server that takes all at once would have us send all there is."""
 _SOCKET_BUFFER: Final = 4 << 20
 """Bytes asked for, so that a large request can be sent at once where the kernel allows it."""
 
@@ -138,7 +142,9 @@ class ClientConnection:
         self._stream = stream
         self._descriptor = stream.fileno()
         self._core = ClientTransmission(info)
-        self._out: deque[Buffer] = deque()
+        self._plain = stream if isinstance(stream, socket.socket) else None
+        self._out: deque[Buffer | Sending] = deque()
+        self._files = 0  # of `_out`, those that stand in files
         self._flush_soon: asyncio.Handle | None = None
         self._blocked = False
         self._long_reads = 0
@@ -162,10 +168,10 @@ class ClientConnection:
         *,
         flags: CommandFlag = NO_FLAGS,
         target: memoryview | None = None,
-        payload: Buffer = b"",
+        payload: Buffer | FilePayload = b"",
     ) -> asyncio.Future[Pending]:
-        """Send a request; the future of its outcome, whose ``error`` may be the server's. The buffers are the connection's until
-        then. The future, or this call, raises ConnectionError where the connection is gone."""
+        """Send a request; the future of its outcome, whose ``error`` may be the server's. The buffers, or
+        files, are the connection's until then. The future, or this call, raises ConnectionError where the connection is gone."""
         if self.error is not None:
             raise lost(self.error)
         pending = self._send(command, offset, length, flags, target, payload)
@@ -190,13 +196,23 @@ class ClientConnection:
         UPSTREAM[self] = None
 
     def _send(
-        self, command: Command, offset: int, length: int, flags: CommandFlag, target: memoryview | None, payload: Buffer
+        self,
+        command: Command,
+        offset: int,
+        length: int,
+        flags: CommandFlag,
+        target: memoryview | None,
+        payload: Buffer | FilePayload,
     ) -> Pending:
         header, pending = self._core.request(command, offset, length, flags=flags, target=target)
         self._out.append(header)
         if payload:
             pending.payload = payload
-            self._out.append(payload)
+            if isinstance(payload, FilePayload):
+                self._files += 1
+                self._out.append(Sending(payload))
+            else:
+                self._out.append(payload)
         self._queued += len(header) + len(payload)
         pending.sent_by = self._queued
         if command == Command.READ or payload:
@@ -227,15 +243,15 @@ class ClientConnection:
             self._flush_soon = None
         if self.error is not None:
             return
-        out = self._out
+        out, stop = self._out, self._sent + _IN_A_ROW
         try:
             while out:
-                sent = self._stream.sendmsg(tuple(islice(out, _PIECES)))
-                self._sent += sent
-                while out and sent >= len(out[0]):
-                    sent -= len(out.popleft())
-                if sent:
-                    out[0] = memoryview(out[0])[sent:]
+                if self._sent >= stop:
+                    raise BlockingIOError  # go on in the loop's next turn
+                if self._files:
+                    self._send_with_files()
+                    continue
+                self._send_buffers(tuple(islice(cast("deque[Buffer]", out), _PIECES)))
         except (BlockingIOError, InterruptedError):
             if not self._blocked:
                 self._blocked = True
@@ -248,8 +264,41 @@ class ClientConnection:
             self._blocked = False
             self._loop.remove_writer(self._descriptor)
 
-    def _keep_payload(self, payload: Buffer) -> None:
-        """The caller gets this buffer back: go on with a copy of what is not sent."""
+    def _send_buffers(self, pieces: tuple[Buffer, ...]) -> None:
+        out = self._out
+        sent = self._stream.sendmsg(pieces)
+        self._sent += sent
+        for piece in pieces:
+            if sent < len(piece):
+                out[0] = memoryview(piece)[sent:]
+                break
+            sent -= len(piece)
+            out.popleft()
+
+    def _send_with_files(self) -> None:
+        """Send a payload that stands in files, or what comes before the next one."""
+        first, ahead = self._out[0], list[Buffer]()
+        if not isinstance(first, Sending):
+            for piece in islice(self._out, _PIECES):
+                if isinstance(piece, Sending):
+                    break
+                ahead.append(piece)
+            self._send_buffers(tuple(ahead))
+            return
+        assert self._plain is not None
+        self._sent += first.send(self._plain)
+        if first.over:
+            self._out.popleft()
+            self._files -= 1
+
+    def _keep_payload(self, payload: Buffer | FilePayload) -> None:
+        """The caller gets this buffer back: go on with a copy of what is not sent, or zeroes for what stands in files: the server
+        has answered, and does not look at it."""
+        if isinstance(payload, FilePayload):
+            for piece in self._out:
+                if isinstance(piece, Sending) and piece.payload is payload:
+                    piece.forget_files()
+            return
         owner = memoryview(payload).obj
         for place, piece in enumerate(self._out):
             if isinstance(piece, memoryview) and piece.obj is owner:

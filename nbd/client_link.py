@@ -39,6 +39,7 @@ from .client_handshake import ExportInfo, NegotiationFailed
 from .client_transmission import NO_FLAGS, Pending, ProtocolError
 from .constants import Command, CommandFlag, TransmissionFlag
 from .export import Ended
+from .file_payload import FilePayload
 
 log = logging.getLogger(__name__)
 
@@ -205,7 +206,7 @@ class Link:
         *,
         flags: CommandFlag = NO_FLAGS,
         target: memoryview | None = None,
-        payload: Buffer = b"",
+        payload: Buffer | FilePayload = b"",
     ) -> Pending:
         """A request's outcome, sent again after every reconnect that the state allows to wait for. Raises OSError: the server's
         error, or EIO where there is no server."""

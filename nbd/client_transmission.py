@@ -41,6 +41,7 @@ from .constants import (
     ReplyMode,
 )
 from .export import Extent
+from .file_payload import FilePayload
 from .messages import (
     CHUNK,
     ERROR,
@@ -107,7 +108,7 @@ class Pending:
     chunks: int = 0
     ranges: list[tuple[int, int]] = field(default_factory=list)
     holes: list[tuple[int, int]] = field(default_factory=list)
-    payload: bytes | bytearray | memoryview | None = None
+    payload: bytes | bytearray | memoryview | FilePayload | None = None
     sent_by: int = 0
     waiter: asyncio.Future[Pending] | None = None
     ended: Callable[[Pending | None], None] | None = None

@@ -77,7 +77,7 @@ class Driver(ABC):
     """Only opened from inside (a job's own filter): users do not find it among the drivers."""
     request_alignment: int = 1
     """Smallest offset and length, in bytes, served without a bounce buffer."""
-    copies_in: ClassVar[bool] = False
+    copies_in: bool = False
     """Whether `copy_in` is more than reading and writing."""
     map_granularity: int = 0
     """Bytes that are mapped as one (the cluster or sub-cluster size); 0: the mapping is one straight line."""

@@ -23,6 +23,8 @@ COPY_BUFFER: Final = 2 << 20
 """Bytes of a buffer that `copy_buffer` lends."""
 _SPARE: Final = 8
 """Buffers kept for the next copy: 16 MiB at most, and only if they were used."""
+_POPULATE_READ: Final = 22
+"""MADV_POPULATE_READ: read the pages in, and wait for them (Linux 5.14; before, EINVAL)."""
 _PART: Final = 4 << 20
 """Bytes asked of the kernel at once."""
 
@@ -87,6 +89,27 @@ class Extents:
                 else:
                     _read_source(file, at, part)
             position += length
+
+    async def warm(self) -> bool:
+        """Have them in the page cache, so that a system call that takes them from there does not wait for a disk; False where
+        that cannot be, or a disk fails to read them."""
+        return all(file is None or file.alignment == 1 for file, _, _ in self.parts) and await in_thread(self._warm)
+
+    def _warm(self) -> bool:
+        try:
+            for file, at, length in self.parts:
+                if file is not None:
+                    os.posix_fadvise(file.fd, at, length, os.POSIX_FADV_WILLNEED)
+            for file, at, length in self.parts:
+                if file is not None:
+                    start = at // mmap.PAGESIZE * mmap.PAGESIZE
+                    with mmap.mmap(
+                        file.fd, at + length - start, mmap.MAP_SHARED, mmap.PROT_READ, offset=start
+                    ) as pages:
+                        pages.madvise(_POPULATE_READ)
+        except (OSError, ValueError):  # ValueError: past the end of the file
+            return False
+        return True
 
 
 async def copy_extents(extents: Extents, target: HostFile, offset: int, *, flushed: bool) -> None:

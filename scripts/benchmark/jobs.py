@@ -12,6 +12,7 @@ import datetime
 import json
 import os
 import shutil
+import socket
 import statistics
 import subprocess
 import threading
@@ -29,6 +30,7 @@ from benchmark.servers import LiveDisk, QemuStorageDaemon, ServerFailed, qemu_ai
 SPARSE: Final = 1 << 40
 """Bytes of the sparse disk."""
 _STEP: Final = 1 << 20
+_TRANSPORT: Final = {"unix": "Unix socket", "tcp": "TCP"}
 _FILL: Final = b"\xa5" * _STEP
 
 
@@ -101,15 +103,15 @@ class Monitor:
 @dataclass(frozen=True)
 class Row:
     """``kind``: mirror, backup, stream, commit or active commit. ``source``, ``target``: formats. ``guest``: what fio does
-    meanwhile ("randread", "randwrite"), or None. ``remote``: the target is an export of a second daemon of the same kind.
-    ``wanted``: least ratio of MB/s, of the guest's IOPS."""
+    meanwhile ("randread", "randwrite"), or None. ``remote``: the target is an export of a second daemon of the same kind, over a
+    Unix socket or TCP ("unix", "tcp"). ``wanted``: least ratio of MB/s, of the guest's IOPS."""
 
     kind: str
     source: str
     target: str
     guest: str | None = None
     sparse: bool = False
-    remote: bool = False
+    remote: str = ""
     wanted: float = 2.0
     wanted_guest: float = 2.0
 
@@ -122,7 +124,7 @@ class Row:
             "sparse" if self.sparse else "",
             self.guest or "",
         ]
-        parts.append("remote" if self.remote else "")
+        parts += ("remote", self.remote) if self.remote else ()
         return "-".join(part for part in parts if part)
 
     @property
@@ -131,7 +133,7 @@ class Row:
         if self.sparse:
             return f"{what}, in 1 TiB"
         if self.remote:
-            return f"{what}, to another daemon over NBD"
+            return f"{what}, to another daemon over NBD, {_TRANSPORT[self.remote]}"
         return f"{what}, while the guest does {self.guest}" if self.guest else what
 
 
@@ -148,8 +150,10 @@ ROWS: Final = (
     Row("commit", "qcow2", "qcow2"),
     Row("active commit", "qcow2", "qcow2"),
     Row("mirror", "qcow2", "qcow2", sparse=True, wanted=1.0),
-    Row("mirror", "raw", "raw", remote=True, wanted=1.5),
-    Row("mirror", "qcow2", "qcow2", remote=True, wanted=1.5),
+    Row("mirror", "raw", "raw", remote="unix", wanted=1.5),
+    Row("mirror", "qcow2", "qcow2", remote="unix", wanted=1.5),
+    Row("mirror", "raw", "raw", remote="tcp", wanted=1.5),
+    Row("mirror", "qcow2", "qcow2", remote="tcp", wanted=1.5),
     Row("mirror", "raw", "qcow2", guest="randread", wanted=1.0),
     Row("mirror", "raw", "qcow2", guest="randwrite", wanted=1.0),
     Row("backup", "qcow2", "qcow2", guest="randread", wanted=1.0),
@@ -227,6 +231,12 @@ class Disks:
         subprocess.run(["qemu-img", *map(str, arguments)], check=True, stdout=subprocess.DEVNULL)
 
 
+def _free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port: int = probe.getsockname()[1]
+        return port
+
+
 @dataclass
 class Sample:
     """One run: the job's bytes a second, the guest's IOPS (0: no guest), the daemon's CPU seconds and highest resident
@@ -262,9 +272,13 @@ class Run:
         monitor = Monitor(there)
         file = {"driver": "file", "filename": str(path), "aio": qemu_aio()}
         monitor.run("blockdev-add", driver=path.suffix[1:], node_name="t", file=file, discard="unmap")
+        server: dict[str, Any] = {"type": "unix", "path": str(there.nbd_socket)}
+        if self.row.remote == "tcp":
+            server = {"type": "inet", "host": "127.0.0.1", "port": str(_free_port())}
+            monitor.run("nbd-server-stop")
+            monitor.run("nbd-server-start", addr={"type": "inet", "data": {k: server[k] for k in ("host", "port")}})
         monitor.run("block-export-add", type="nbd", id="t", node_name="t", name="t", writable=True)
         monitor.close()
-        server = {"type": "unix", "path": str(there.nbd_socket)}
         self.monitor.run("blockdev-add", driver="nbd", node_name=name, server=server, export="t")
 
     def prepare(self) -> Callable[[], None]:

@@ -56,7 +56,7 @@ class Qcow2(Driver):
     Options: ClassVar[type[BlockdevOptions]] = Qcow2Options
     is_format: ClassVar[bool] = True
     supports_backing: ClassVar[bool] = True
-    copies_in: ClassVar[bool] = True
+    copies_in = True
 
     def __init__(self, node: Node, options: Qcow2Options) -> None:
         super().__init__(node, options)

@@ -40,6 +40,9 @@ MAX_COPIED: Final = 16 << 20
 """Bytes: clusters up to here are allocated at once for data that the kernel copies from file to file."""
 MAX_INLINE: Final = 1 << 20
 """Bytes copied to the page cache at once: as much as `HostFile` does inline."""
+MAX_NOW: Final = 2 << 20
+"""The same for the fast path: as much as it does where nothing is allocated, for a request of a mirror from elsewhere. To leave
+it costs a copy of the data and a turn of a thread, which is longer than the write takes."""
 _BIG_ZERO: Final = 64 << 10
 
 
@@ -124,7 +127,7 @@ class Writer:
         plan = self._plan(*found, offset, length)
         if plan is None:
             return False
-        if plan.end < offset + length or not self._inline(plan, *found, offset, data):
+        if plan.end < offset + length or not self._inline(plan, *found, offset, data, MAX_NOW):
             if plan.new:
                 image.allocator.give_back(plan.host, plan.new)
             return False
@@ -199,10 +202,16 @@ class Writer:
         return done
 
     def _inline(
-        self, plan: _Plan, table: Table[array[int]], index: int, offset: int, data: memoryview | Extents
+        self,
+        plan: _Plan,
+        table: Table[array[int]],
+        index: int,
+        offset: int,
+        data: memoryview | Extents,
+        most: int = MAX_INLINE,
     ) -> bool:
         """Write the data of a plan, and what must be copied around it, at once, if everything is at hand and the host file takes
-        it without blocking.
+        it without blocking, ``most`` bytes.
 
         This is what makes allocating writes quick: no await, and so no claim either. It writes as the flat map does, and only
         where nothing that must be waited for goes on in the file. False: nothing was written.
@@ -219,7 +228,7 @@ class Writer:
                 if whole is None:
                     return False
                 offset, data = plan.copy_from, whole
-        if node.trackers or node.read_only or len(data) > MAX_INLINE:
+        if node.trackers or node.read_only or len(data) > most:
             return False
         if node.busy and node.overlapped(plan.host - plan.start + offset, len(data)):
             return False

@@ -58,6 +58,21 @@ def test_what_is_around_the_data_comes_from_below(chain: tuple[Path, bytearray],
     assert_same(tmp_path / "read", tmp_path / "model", "-f", "raw", "-F", "raw")
 
 
+def test_a_long_write_of_whole_clusters_needs_no_thread(tmp_path: Path) -> None:
+    """As a mirror from another daemon sends them: 2 MiB, which is what a server's buffer holds."""
+    path, data = create(tmp_path / "new.qcow2", 8 << 20), random.Random(3).randbytes(2 << 20)
+
+    async def act() -> None:
+        async with opened(path) as disk:
+            await disk.write(0, bytes(512))
+            assert disk.backend.try_write(4 << 20, memoryview(data))
+            assert disk.backend.try_write(3 << 20, memoryview(data)[: 1 << 20])
+            assert await disk.read(3 << 20, 3 << 20) == data[: 1 << 20] + data
+
+    asyncio.run(act())
+    check(path)
+
+
 def test_it_leaves_to_the_slow_path_what_must_be_waited_for(chain: tuple[Path, bytearray]) -> None:
     path, model = chain
 
