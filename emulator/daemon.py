@@ -56,10 +56,11 @@ from livedisk.emulator.qmp import (
 )
 from livedisk.emulator.qmp.block_events import BlockImageCorrupted, QuorumFailure, QuorumReportBad
 from livedisk.emulator.qmp.chardev import Chardev, MonitorOptions, backend_name
+from livedisk.emulator.qmp.chardev_log import Log, Logged
 from livedisk.emulator.qmp.context import Context, Extension
 from livedisk.emulator.qmp.control import Shutdown, ShutdownCause
 from livedisk.emulator.qmp.events import EventHub
-from livedisk.emulator.qmp.monitor import Dispatcher, QmpMonitor
+from livedisk.emulator.qmp.monitor import Dispatcher, Frontend, QmpMonitor
 from livedisk.emulator.qmp.object_commands import Iothread, Objects
 from livedisk.emulator.qmp.qapi import UNSET
 from livedisk.emulator.qmp.registry import registry
@@ -128,6 +129,7 @@ class Daemon:
         self.extensions: dict[type, Extension] = {}
         self._dispatcher = Dispatcher()
         self._chardevs: dict[str, Device] = {}
+        self._logs: dict[str, Log] = {}
         self._monitored: set[str] = set()
         self._end = asyncio.Event()
 
@@ -148,7 +150,15 @@ class Daemon:
         """Open a character device; with ``wait=on`` returns when its first client is there. Raises LiveDiskError."""
         if options.id in self._chardevs:
             raise ParameterError(f"Duplicate ID '{options.id}' for chardev")
-        self._chardevs[options.id] = await open_chardev(options, info=log.info, objects=self.objects)
+        written = Log(options) if options.logfile is not None else None
+        try:
+            self._chardevs[options.id] = await open_chardev(options, info=log.info, objects=self.objects)
+        except BaseException:
+            if written is not None:
+                written.close()
+            raise
+        if written is not None:
+            self._logs[options.id] = written
 
     def chardevs(self) -> Iterable[tuple[str, str]]:
         """Every character device: its id, and the name of its back-end."""
@@ -157,6 +167,9 @@ class Daemon:
     async def close_chardev(self, name: str) -> None:
         """Close a character device that no monitor speaks on."""
         await self._chardevs.pop(name).close()
+        written = self._logs.pop(name, None)
+        if written is not None:
+            written.close()
 
     def chardev(self, name: str) -> Device | None:
         """The character device of that id."""
@@ -174,14 +187,16 @@ class Daemon:
         if name in self._monitored:
             raise ParameterError(f"chardev '{name}' is already in use")
         self._monitored.add(name)
+        monitor: Frontend
         if options.mode == "control":
             monitor = QmpMonitor(self, registry, self._dispatcher, pretty=bool(options.pretty))
-            self._chardevs[name].attach(monitor)
         else:
             # Imported here: few daemons have a human monitor.
             from livedisk.emulator.qmp.hmp import HumanMonitor
 
-            self._chardevs[name].attach(HumanMonitor(self, self._dispatcher))
+            monitor = HumanMonitor(self, self._dispatcher)
+        written = self._logs.get(name)
+        self._chardevs[name].attach(monitor if written is None else Logged(monitor, written))
 
     async def exclusively(self, work: Coroutine[Any, Any, None]) -> None:
         """Run something in turn with the monitors' commands: none of them runs meanwhile."""
@@ -221,6 +236,8 @@ class Daemon:
         self.events.close()
         for name, chardev in self._chardevs.items():
             await attempt(f"chardev {name}", chardev.close)
+        for written in self._logs.values():
+            written.close()
         if failures:
             raise LiveDiskError("; ".join(failures))
 

@@ -16,7 +16,14 @@ from livedisk.emulator.daemon import Daemon
 from livedisk.emulator.device.runstate import State
 from livedisk.emulator.errors import LiveDiskError, ParameterError
 from livedisk.emulator.exports.options import NbdExportOptions, NbdServerOptions
-from livedisk.emulator.qmp.chardev import MonitorOptions, StdioChardev, parse_chardev, parse_compat, parse_monitor
+from livedisk.emulator.qmp.chardev import (
+    MonitorOptions,
+    PtyChardev,
+    StdioChardev,
+    parse_chardev,
+    parse_compat,
+    parse_monitor,
+)
 from livedisk.emulator.qmp.keyval import HelpRequested, parse_option, parse_opts, parse_text
 from livedisk.emulator.qmp.object_commands import ObjectOptions
 from livedisk.emulator.qmp.visit import KEYVAL, parse_integer
@@ -272,6 +279,12 @@ class Builder:
         if self._daemonize and isinstance(options, StdioChardev):
             raise ParameterError("cannot use stdio with -daemonize")
         await self.daemon.open_chardev(options)
+        if isinstance(options, PtyChardev):
+            terminal = self.daemon.chardev(options.id)
+            assert terminal is not None
+            print(
+                f"char device redirected to {terminal.filename.removeprefix('pty:')} (label {options.id})", flush=True
+            )
 
     def _warn(self, given: Given) -> Callable[[str], None]:
         return lambda message: log.warning("%s: %s", given.text, message)

@@ -7,7 +7,7 @@ This module reads the options; `server` does the I/O. Three ways to write the sa
     -qmp tcp:localhost:4444,server=on      -monitor stdio
 
 Backends: ``socket`` (``path``, ``host`` and ``port``, or ``fd``), ``stdio``, ``null``, ``file``,
-``pipe``, ``ringbuf``. QEMU's others have no use for a monitor of a block device emulator; naming one is an error.
+``pipe``, ``pty``, ``ringbuf``. QEMU's others have no use for a monitor of a block device emulator; naming one is an error.
 
 Source: QEMU ``chardev/char.c`` (qemu_chr_parse_compat), ``chardev/char-socket.c`` (qemu_chr_parse_socket,
 qmp_chardev_validate_socket).
@@ -29,9 +29,12 @@ from livedisk.emulator.qmp.visit import KEYVAL, parse_integer, visit
 
 
 class ChardevBase(QapiStruct):
-    """What all have: the name that ``-mon chardev=`` refers to."""
+    """What all have: the name that ``-mon chardev=`` refers to, and a file that gets a copy of the output."""
 
     id: str
+    logfile: str | None = None
+    logappend: bool = False
+    """What is in the log already stays."""
 
 
 class SocketChardev(ChardevBase):
@@ -87,13 +90,21 @@ class PipeChardev(ChardevBase, kw_only=True):
     path: str
 
 
+class PtyChardev(ChardevBase):
+    """A pseudo terminal. ``path``: a link to it."""
+
+    path: str | None = None
+
+
 class RingbufChardev(ChardevBase):
     """``size``: bytes, a power of two."""
 
     size: Size = 65536
 
 
-Chardev: TypeAlias = SocketChardev | StdioChardev | NullChardev | FileChardev | PipeChardev | RingbufChardev
+Chardev: TypeAlias = (
+    SocketChardev | StdioChardev | NullChardev | FileChardev | PipeChardev | PtyChardev | RingbufChardev
+)
 
 BACKENDS: Final[dict[str, type[Any]]] = {
     "socket": SocketChardev,
@@ -101,6 +112,7 @@ BACKENDS: Final[dict[str, type[Any]]] = {
     "null": NullChardev,
     "file": FileChardev,
     "pipe": PipeChardev,
+    "pty": PtyChardev,
     "ringbuf": RingbufChardev,
 }
 
@@ -140,7 +152,7 @@ _TCP: Final = re.compile(r"(?P<host>\[[^\]]{1,64}\]|[^:,]{0,64}):(?P<port>[^,]{1
 
 
 def _compat_values(text: str, warn: Warn) -> dict[str, Any]:
-    if text in ("null", "stdio"):
+    if text in ("null", "pty", "stdio"):
         return {"backend": text}
     kind, _, rest = text.partition(":")
     if kind == "unix":
@@ -151,7 +163,9 @@ def _compat_values(text: str, warn: Warn) -> dict[str, Any]:
             raise ParameterError(f"parse error: {text}")
         options = parse_opts(match["rest"] or "", warn=warn)
         return {"backend": "socket", **options, "host": match["host"].strip("[]"), "port": match["port"]}
-    raise ParameterError(f"'{text}' is not a valid char driver", hint="Known: unix:PATH, tcp:HOST:PORT, stdio, null")
+    raise ParameterError(
+        f"'{text}' is not a valid char driver", hint="Known: unix:PATH, tcp:HOST:PORT, stdio, pty, null"
+    )
 
 
 def _typed(values: dict[str, Any]) -> Chardev:

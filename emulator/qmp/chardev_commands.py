@@ -1,7 +1,7 @@
 """query-chardev, chardev-add, -change, -remove, -send-break, and the commands of ring buffers.
 
-Source: QEMU ``qapi/char.json``, ``chardev/char.c``; messages asked from QEMU 10.0.2. Where we differ: ``logfile`` and
-``logappend`` do not exist here, nor back-ends for serial lines, mice and consoles; of a TCP address ``numeric``, ``to``,
+Source: QEMU ``qapi/char.json``, ``chardev/char.c``; messages asked from QEMU 10.0.2. Where we differ: there
+are no back-ends for serial lines, mice and consoles; of a TCP address ``numeric``, ``to``,
 ``keep-alive`` and ``mptcp`` are refused.
 """
 
@@ -22,6 +22,7 @@ from livedisk.emulator.qmp.chardev import (
     FileChardev,
     NullChardev,
     PipeChardev,
+    PtyChardev,
     RingbufChardev,
     SocketChardev,
     StdioChardev,
@@ -35,11 +36,14 @@ from livedisk.emulator.qmp.registry import command
 _Bool = bool | UnsetType
 
 
-class ChardevCommon(QapiStruct):
-    """What all back-ends take: nothing."""
+class ChardevCommon(QapiStruct, kw_only=True):
+    """What all back-ends take: a file for a copy of the output; with ``logappend`` what is in it stays."""
+
+    logfile: str | UnsetType = UNSET
+    logappend: bool = False
 
 
-class ChardevFile(QapiStruct, kw_only=True):
+class ChardevFile(ChardevCommon, kw_only=True):
     """``out`` takes output, ``in`` gives input; ``append``: what is there stays."""
 
     input: str | UnsetType = msgspec.field(default=UNSET, name="in")
@@ -47,7 +51,7 @@ class ChardevFile(QapiStruct, kw_only=True):
     append: bool = False
 
 
-class ChardevSocket(QapiStruct, kw_only=True):
+class ChardevSocket(ChardevCommon, kw_only=True):
     """As the options of ``-chardev socket``."""
 
     addr: InetLegacy | UnixLegacy | VsockLegacy | FdLegacy
@@ -60,19 +64,25 @@ class ChardevSocket(QapiStruct, kw_only=True):
     reconnect_ms: int | UnsetType = UNSET
 
 
-class ChardevHostdev(QapiStruct):
+class ChardevHostdev(ChardevCommon, kw_only=True):
     """A device of the host, or named pipes."""
 
     device: str
 
 
-class ChardevRingbuf(QapiStruct):
+class ChardevPty(ChardevCommon, kw_only=True):
+    """``path``: a link to the terminal."""
+
+    path: str | UnsetType = UNSET
+
+
+class ChardevRingbuf(ChardevCommon, kw_only=True):
     """``size``: bytes, a power of two."""
 
     size: int = 65536
 
 
-class ChardevStdio(QapiStruct):
+class ChardevStdio(ChardevCommon, kw_only=True):
     """``signal``: Ctrl-C interrupts."""
 
     signal: bool = True
@@ -94,6 +104,10 @@ class _Pipe(ChardevBackend, tag="pipe", kw_only=True):
     data: ChardevHostdev
 
 
+class _Pty(ChardevBackend, tag="pty", kw_only=True):
+    data: ChardevPty
+
+
 class _Ringbuf(ChardevBackend, tag="ringbuf", kw_only=True):
     data: ChardevRingbuf
 
@@ -106,7 +120,7 @@ class _Stdio(ChardevBackend, tag="stdio", kw_only=True):
     data: ChardevStdio
 
 
-Backend = _File | _Null | _Pipe | _Ringbuf | _Socket | _Stdio
+Backend = _File | _Null | _Pipe | _Pty | _Ringbuf | _Socket | _Stdio
 
 
 class ChardevAdd(QapiStruct):
@@ -117,17 +131,25 @@ class ChardevAdd(QapiStruct):
 
 
 class ChardevReturn(QapiStruct):
-    """``pty``: never there."""
+    """``pty``: the path of a new pseudo terminal."""
 
     pty: str | UnsetType = UNSET
 
 
 def _options(id: str, backend: Backend) -> Chardev:
     """As ``-chardev`` would have them."""
+    data = backend.data
+    logfile = data.logfile if isinstance(data.logfile, str) else None
+    return msgspec.structs.replace(_own_options(id, backend), logfile=logfile, logappend=data.logappend)
+
+
+def _own_options(id: str, backend: Backend) -> Chardev:
     if isinstance(backend, _Null):
         return NullChardev(id=id)
     if isinstance(backend, _Stdio):
         return StdioChardev(id=id, signal=backend.data.signal)
+    if isinstance(backend, _Pty):
+        return PtyChardev(id=id, path=backend.data.path if isinstance(backend.data.path, str) else None)
     if isinstance(backend, _Ringbuf):
         return RingbufChardev(id=id, size=backend.data.size)
     if isinstance(backend, _Pipe):
@@ -170,11 +192,10 @@ async def chardev_add(ctx: Context, args: ChardevAdd) -> ChardevReturn:
     """Open a character device. A listening socket does not wait for its client."""
     if ctx.daemon.chardev(args.id) is not None:
         raise LiveDiskError(f"Chardev with id '{args.id}' already exists")
-    await _open(ctx, args.id, args.backend)
-    return ChardevReturn()
+    return await _open(ctx, args.id, args.backend)
 
 
-async def _open(ctx: Context, id: str, backend: Backend) -> None:
+async def _open(ctx: Context, id: str, backend: Backend) -> ChardevReturn:
     try:
         options = _options(id, backend)
         if isinstance(options, SocketChardev) and options.server:
@@ -182,6 +203,11 @@ async def _open(ctx: Context, id: str, backend: Backend) -> None:
         await ctx.daemon.open_chardev(options)
     except LiveDiskError as error:
         raise LiveDiskError(f"Failed to add chardev '{id}': {error}", hint=error.hint) from error
+    if isinstance(options, PtyChardev):
+        device = ctx.daemon.chardev(id)
+        assert device is not None
+        return ChardevReturn(pty=device.filename.removeprefix("pty:"))
+    return ChardevReturn()
 
 
 @command("chardev-change")
@@ -192,8 +218,7 @@ async def chardev_change(ctx: Context, args: ChardevAdd) -> ChardevReturn:
     if ctx.daemon.chardev_is_busy(args.id):
         raise LiveDiskError("Chardev user does not support chardev hotswap")
     await ctx.daemon.close_chardev(args.id)
-    await _open(ctx, args.id, args.backend)
-    return ChardevReturn()
+    return await _open(ctx, args.id, args.backend)
 
 
 class ChardevId(QapiStruct):

@@ -201,6 +201,22 @@ async def chardev_add(ctx: Context, args: Args) -> str:
     return ""
 
 
+@hmp_command("chardev-change", args="id:s,args:s", params="id args", help="change chardev")
+async def chardev_change(ctx: Context, args: Args) -> str:
+    from livedisk.emulator.qmp.chardev import parse_chardev
+
+    if "id" in parse_opts(args["args"], "backend"):
+        raise LiveDiskError("Unexpected 'id' parameter")
+    options = parse_chardev(f"{args['args']},id={args['id']}")
+    if ctx.daemon.chardev(options.id) is None:
+        raise LiveDiskError(f"Chardev '{options.id}' does not exist")
+    if ctx.daemon.chardev_is_busy(options.id):
+        raise LiveDiskError("Chardev user does not support chardev hotswap")
+    await ctx.daemon.close_chardev(options.id)
+    await ctx.daemon.open_chardev(options)
+    return ""
+
+
 @hmp_command("chardev-remove", args="id:s", params="id", help="remove chardev")
 async def chardev_remove(ctx: Context, args: Args) -> str:
     await ask(ctx, "chardev-remove", **args)

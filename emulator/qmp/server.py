@@ -27,7 +27,15 @@ from typing import Any, Final, Protocol, cast
 from livedisk.emulator.block.descriptors import refuse_socket, take_socket
 from livedisk.emulator.errors import LiveDiskError
 from livedisk.emulator.qmp import yank
-from livedisk.emulator.qmp.chardev import Chardev, FileChardev, NullChardev, PipeChardev, SocketChardev, StdioChardev
+from livedisk.emulator.qmp.chardev import (
+    Chardev,
+    FileChardev,
+    NullChardev,
+    PipeChardev,
+    PtyChardev,
+    SocketChardev,
+    StdioChardev,
+)
 from livedisk.emulator.qmp.monitor import Frontend
 from livedisk.emulator.qmp.object_commands import Objects
 from livedisk.emulator.qmp.rights import RightsTransport
@@ -86,6 +94,11 @@ async def open_chardev(options: Chardev, info: Info = lambda message: None, obje
         return StdioDevice(options)
     if isinstance(options, NullChardev):
         return NullDevice(options)
+    if isinstance(options, PtyChardev):
+        # Imported here: few daemons have one.
+        from livedisk.emulator.qmp.pty import PtyDevice
+
+        return PtyDevice(options)
     # Imported here: few daemons have one.
     from livedisk.emulator.qmp.chardev_files import FileDevice, PipeDevice, RingbufDevice
 

@@ -70,6 +70,29 @@ SCRIPTS: dict[str, list[Step]] = {
         ),
         *(Human(f"help {name}") for name in ("chardev-add", "chardev-remove", "ringbuf_read", "ringbuf_write")),
     ],
+    "terminals, logs and changes": [
+        add("p", "pty"),
+        add("q", "pty", path="link"),
+        add("r", "pty", path="link"),
+        Host(lambda folder: (folder / "link").is_symlink()),
+        step("chardev-remove", id="q"),
+        Host(lambda folder: (folder / "link").is_symlink()),
+        step("chardev-change", id="p", backend={"type": "pty", "data": {}}),
+        *(
+            add(f"l-{kind}", kind, logfile=f"{kind}.log", logappend=True, **data)
+            for kind, data in (("null", {}), ("file", {"out": "o"}), ("ringbuf", {}), ("pipe", {"device": "none"}))
+        ),
+        add("l-socket", "socket", **unix("l.sock", wait=False, logfile="socket.log")),
+        add("bad", "null", logfile="none/log"),
+        add("good", "null", logappend=True),
+        Host(lambda folder: sorted(path.name for path in folder.glob("*.log"))),
+        step("chardev-change", id="l-null", backend={"type": "null", "data": {"logfile": "other.log"}}),
+        Host(lambda folder: (folder / "other.log").read_text()),
+        step("chardev-change", id="compat_monitor0", backend={"type": "null", "data": {}}),
+        *(Human(f"chardev-change {what}") for what in ("p null,id=p", "zz null", "compat_monitor0 null", "p null")),
+        Human("help chardev-change"),
+        step("query-chardev"),
+    ],
     "where nodes run": [
         step("x-blockdev-change", parent="zz"),
         step("x-blockdev-change", parent="a"),
@@ -118,6 +141,7 @@ SCRIPTS: dict[str, list[Step]] = {
 def even(text: str) -> str:
     text = re.sub(r"qmp-[0-9a-f]{8}", "qmp", text)
     text = re.sub(r"127\.0\.0\.1:\d+", "HOST", text)
+    text = re.sub(r"/dev/pts/\d+", "/dev/pts/N", text)
     text = re.sub(r"thread_id=\d+", "", text)
     text = re.sub(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d  [\d:.]+", "DATE", text)
     text = re.sub(r"\\r\\n(Known|Accepted)[^\\]*", "", text)  # what would be accepted: more than QEMU says
@@ -160,6 +184,35 @@ def test_monitors_on_a_file_on_pipes_and_on_a_socket_added_later(short_path: Pat
         qmp.execute("chardev-remove", id="late")
         assert not Path(path).exists()
         assert {one["label"]: one["frontend-open"] for one in qmp.execute("query-chardev")}["p"]
+
+
+def test_a_monitor_on_a_terminal_greets_whoever_opens_it_and_logs_what_it_says(short_path: Path) -> None:
+    link, log = short_path / "terminal", short_path / "log"
+    log.write_text("before\n")
+    options = ["-chardev", f"pty,id=t,path={link},logfile={log},logappend=on", "-mon", "chardev=t,mode=control"]
+    with Daemon(short_path, *options, nbd=False) as daemon, daemon.qmp() as qmp:
+        assert f"char device redirected to {os.readlink(link)} (label t)" in daemon.output()
+        for _ in range(2):
+            terminal = os.open(link, os.O_RDWR | os.O_NOCTTY)
+            with os.fdopen(terminal, "r+b", buffering=0) as line:
+                assert b'{"QMP": ' in _until_line(line)
+                line.write(b'{"execute": "qmp_capabilities"}')
+                assert _until_line(line) == b'{"return": {}}\r\n'
+                line.write(b'{"execute": "query-qmp-schema"}')
+                assert len(_until_line(line)) > 64 << 10
+            for _ in range(2):  # turns of the daemon's loop, which sees the hang-up in the first
+                qmp.execute("query-version")
+        written = log.read_text()
+    assert written.startswith('before\n{"QMP": ')
+    assert written.count('{"return": {}}\n') == 2
+    assert not os.path.lexists(link)
+
+
+def _until_line(line: Any) -> bytes:
+    said = b""
+    while not said.endswith(b"\n"):
+        said += line.read(4096)
+    return said
 
 
 def test_one_pipe_of_two_is_no_pair(short_path: Path) -> None:
