@@ -61,6 +61,7 @@ if TYPE_CHECKING:
     import asyncio
 
 NO_FLAGS: Final = CommandFlag(0)
+_PAYLOAD_LEN: Final = int(CommandFlag.PAYLOAD_LEN)
 _MAX_SMALL: Final = (1 << 20) * 16 + 64
 """Bytes of a chunk that is collected before it is looked at: a very full answer to BLOCK_STATUS."""
 MAX_EXTENTS: Final = 1 << 16
@@ -164,9 +165,8 @@ class ClientTransmission:
         if command != Command.DISCONNECT:
             self._pending[cookie] = pending
         if extended:
-            if command == Command.WRITE:
-                flags |= CommandFlag.PAYLOAD_LEN
-            header = EXTENDED_REQUEST.pack(EXTENDED_REQUEST_MAGIC, flags, command, cookie, offset, length)
+            wire = int(flags) | _PAYLOAD_LEN if command == Command.WRITE else flags
+            header = EXTENDED_REQUEST.pack(EXTENDED_REQUEST_MAGIC, wire, command, cookie, offset, length)
         else:
             header = REQUEST.pack(REQUEST_MAGIC, flags, command, cookie, offset, length)
         return header, pending

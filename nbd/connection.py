@@ -35,7 +35,7 @@ from typing import Final
 from .buffers import BUFFER_SIZE, Account, Budget, BufferPool, fresh
 from .constants import Command, CommandFlag, ErrorCode
 from .export import Export, Start
-from .fastpath import FULL, fast_loop
+from .fastpath import DECLINED, FULL, fast_loop
 from .handshake import Session
 from .poller import Poller
 from .slowpath import Buffer, Reply, answer, failed, read_reply
@@ -55,6 +55,8 @@ _LONG: Final = 64 << 10
 _PIECES: Final = 64
 """Buffers given to one sendmsg."""
 _NOTHING: Final = memoryview(b"")
+_UNUSUAL: Final = ~int(CommandFlag.PAYLOAD_LEN)
+"""Flags of requests that are not passed on. A number: operations on an `IntFlag` take longer than all else here."""
 
 
 class Shared:
@@ -317,6 +319,9 @@ class Connection:
                     continue
                 if at == end:
                     break
+                if why == DECLINED and self._relays and (after := self._pass_on(view, at)) > at:
+                    at = after
+                    continue
             after = self._start(view, at, end)
             if after == at:
                 break
@@ -382,9 +387,23 @@ class Connection:
 
     # Requests that the export passes on, without a coroutine.
 
+    def _pass_on(self, view: memoryview, at: int) -> int:
+        """Let the export start the request at ``at``, which the fast loop has judged. Where the next one begins; ``at`` itself if
+        it was not started."""
+        _, flags, command, cookie, offset, length = self._framing.header.unpack_from(view, at)
+        if not self._account.admit(length):
+            return at
+        body = at + self._framing.header.size
+        stop = body + length if command == Command.WRITE else body
+        payload = memoryview(bytes(view[body:stop])) if stop > body else _NOTHING
+        if self._relayed(Request(flags, command, cookie, offset, length), payload):
+            return stop
+        self._release(length)
+        return at
+
     def _relayed(self, request: Request, payload: memoryview) -> bool:
         """Let the export start the request, if it can."""
-        if request.flags & ~CommandFlag.PAYLOAD_LEN or not request.length:
+        if request.flags & _UNUSUAL or not request.length:
             return False
         if request.command == Command.READ:
             if self._start_read is None:
@@ -407,18 +426,19 @@ class Connection:
     def _relay_ended(
         self, request: Request, data: memoryview, error: OSError | None, holes: Sequence[tuple[int, int]]
     ) -> None:
-        if self._closed or error is not None or request.command == Command.WRITE:
+        cost, writes = request.length, request.command == Command.WRITE
+        if self._closed or error is not None or writes:
             self._shared.pool.give_part(data)
         if self._closed:
-            self._release(_cost(request))
+            self._release(cost)
             self._end_if_idle()
             return
         if error is not None:
-            self._enqueue([failed(self._replies, request, error)], _cost(request))
-        elif request.command == Command.WRITE:
-            self._enqueue([self._replies.success(request)], _cost(request))
+            self._enqueue([failed(self._replies, request, error)], cost)
+        elif writes:
+            self._enqueue([self._replies.success(request)], cost)
         else:
-            self._enqueue(read_reply(self._replies, request, data, holes), _cost(request), pooled=data)
+            self._enqueue(read_reply(self._replies, request, data, holes), cost, pooled=data)
         self._flush_at_the_end_of_the_turn()
 
     def _judge(self, request: Request, payload: memoryview | None) -> Refusal | None:

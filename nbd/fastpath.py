@@ -44,9 +44,11 @@ FULL: Final = 1
 """The next reply does not fit behind those already there."""
 SLOW: Final = 2
 """The next request is not for the fast path."""
+DECLINED: Final = 3
+"""The next request is a plain read or write that may run, all of it is here, and only the export's fast path will not do it."""
 
 Loop = Callable[[memoryview, int, int, memoryview, int, int, int], tuple[int, int, int]]
-"""``(received, at, end, replies, filled, limit, size) -> (at, filled, MORE | FULL | SLOW)``"""
+"""``(received, at, end, replies, filled, limit, size) -> (at, filled, MORE | FULL | SLOW | DECLINED)``"""
 
 _ZEROES: Final = memoryview(bytes(BUFFER_SIZE))
 """Never written, so the kernel backs it with its one page of zeroes."""
@@ -133,7 +135,7 @@ def fast_loop(session: Session) -> Loop:
                         replies[start:stop] = _ZEROES[:length]
                         filled = stop
                 else:
-                    return at, filled, SLOW
+                    return at, filled, DECLINED
                 at = body
             elif head == write_head:
                 stop = body + length
@@ -150,7 +152,7 @@ def fast_loop(session: Session) -> Loop:
                     return at, filled, SLOW
                 try:
                     if try_write(offset, received[body:stop]) == MISS:
-                        return at, filled, SLOW
+                        return at, filled, DECLINED
                 except Exception as error:
                     _report(export, error)
                     return at, filled, SLOW

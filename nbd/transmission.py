@@ -56,6 +56,9 @@ from .messages import (
 MAX_EXTENTS: Final = (1 << 20) // 8
 """Extents in one answer to BLOCK_STATUS: a mebibyte of them, as QEMU."""
 
+_PAYLOAD_LEN: Final = int(CommandFlag.PAYLOAD_LEN)
+"""A number: operations on an `IntFlag` are slow."""
+
 
 class Request(NamedTuple):
     """One request header. ``length`` is what the header says: the effect's, or with PAYLOAD_LEN the payload's."""
@@ -69,7 +72,7 @@ class Request(NamedTuple):
     @property
     def payload(self) -> int:
         """Bytes that follow the header on the wire."""
-        if self.command == Command.WRITE or self.flags & CommandFlag.PAYLOAD_LEN:
+        if self.command == Command.WRITE or self.flags & _PAYLOAD_LEN:
             return self.length
         return 0
 
@@ -157,10 +160,9 @@ def judge(session: Session, request: Request) -> Refusal | None:
     """
     export = session.export
     rule = _RULES.get(request.command)
-    command = spoken(Command, request.command)
     if rule is None:
         if request.flags & ~_FUA:
-            return _bad_flags(request, command)
+            return _bad_flags(request)
         return Refusal(ErrorCode.EINVAL, f"invalid request type ({request.command}) received")
     if rule.bounded and request.length > min(export.max_payload, MAX_PAYLOAD):
         limit = min(export.max_payload, MAX_PAYLOAD)
@@ -173,7 +175,7 @@ def judge(session: Session, request: Request) -> Refusal | None:
         place = f"From: {request.offset}, Len: {request.length}, Size: {size}"
         return Refusal(error, f"operation past EOF; {place}")
     if request.flags & ~_allowed(rule, session, request.command):
-        return _bad_flags(request, command)
+        return _bad_flags(request)
     if request.command == Command.BLOCK_STATUS:
         if not session.contexts:
             return Refusal(ErrorCode.EINVAL, "CMD_BLOCK_STATUS not negotiated")
@@ -194,7 +196,8 @@ def _allowed(rule: _Rule, session: Session, command: int) -> int:
     return allowed
 
 
-def _bad_flags(request: Request, command: str) -> Refusal:
+def _bad_flags(request: Request) -> Refusal:
+    command = spoken(Command, request.command)
     return Refusal(ErrorCode.EINVAL, f"unsupported flags for command {command} (got 0x{request.flags:x})")
 
 

@@ -24,7 +24,7 @@ import os
 from array import array
 from typing import TYPE_CHECKING, Final
 
-from livedisk.emulator.block.driver import SLOW_GRANULE, ZERO_GRANULE
+from livedisk.emulator.block.driver import SLOW_GRANULE, ZERO_GRANULE, Driver
 from livedisk.emulator.block.hostfile import HostFile
 from livedisk.emulator.block.node import fill_zeroes
 from livedisk.emulator.block.permissions import Perm
@@ -88,6 +88,7 @@ class FlatMap:
         self._straight_base = 0
         self._straight_writable = False
         self._may_write = False
+        self._allocates = False  # whether the root's driver may do so without awaiting
         self._root: Node | None = None
         self._trackers: list[DirtyTracker] = []
         self._ready = False
@@ -125,6 +126,7 @@ class FlatMap:
         self._trackers = root.trackers
         self._size = root.size
         self._may_write = bool(edge.perm & Perm.WRITE) and not root.read_only
+        self._allocates = type(root.driver).write_now is not Driver.write_now
         granularity = chain_granularity(root)
         self._shift = (min(max(granularity, 4096), 1 << 21) if granularity else 1 << 21).bit_length() - 1
         self._ready = True
@@ -468,7 +470,7 @@ class FlatMap:
     def _write_now(self, offset: int, view: memoryview) -> int:
         """Ask the node's driver to allocate and write at once, while no slow request touches the range."""
         root = self._root
-        if root is None or not self._may_write or root.detect_zeroes is not DetectZeroes.OFF:
+        if root is None or not self._may_write or not self._allocates or root.detect_zeroes is not DetectZeroes.OFF:
             return MISS
         if root.busy and root.overlapped(offset, len(view)):
             return MISS

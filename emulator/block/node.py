@@ -176,6 +176,7 @@ class Node:
         self.shared = Perm.ALL
         self.reopening: Settings | None = None
         self._in_flight: list[InFlight] = []
+        self._serialising = 0  # how many of them others wait for
 
     # -- the graph around it -----------------------------------------------------------------------------------------
     @property
@@ -274,6 +275,7 @@ class Node:
             if (request.serialising or other.serialising) and other.start < request.end and request.start < other.end
         ]
         self._in_flight.append(request)
+        self._serialising += request.serialising
         try:
             for other in earlier:
                 await other.ended()
@@ -283,11 +285,9 @@ class Node:
 
     def begin_now(self, offset: int, length: int) -> InFlight | None:
         """`_begin` where nothing has to be waited for; else None. `end_now` it whatever happens."""
-        end = offset + length
-        for other in self._in_flight:
-            if other.serialising and other.start < end and offset < other.end:
-                return None
-        request = InFlight(offset, end, serialising=False)
+        if self._serialising and self.barred(offset, length):
+            return None
+        request = InFlight(offset, offset + length, serialising=False)
         self._in_flight.append(request)
         return request
 
@@ -297,6 +297,7 @@ class Node:
 
     def _end(self, request: InFlight) -> None:
         self._in_flight.remove(request)
+        self._serialising -= request.serialising
         request.over = True
         if request.done is not None:
             request.done.set_result(None)

@@ -15,7 +15,7 @@ from kit.memory_export import MemoryExport
 from livedisk.nbd.buffers import BUFFER_SIZE
 from livedisk.nbd.constants import CommandFlag, ErrorCode, ReplyMode
 from livedisk.nbd.export import Extent
-from livedisk.nbd.fastpath import FULL, MORE, SLOW, fast_loop
+from livedisk.nbd.fastpath import DECLINED, FULL, MORE, SLOW, fast_loop
 from livedisk.nbd.handshake import Context, Session, context_ids
 from livedisk.nbd.messages import wire_error
 from livedisk.nbd.slowpath import answer
@@ -361,14 +361,16 @@ def test_fast_loop_leaves_everything_else_untouched(mode: ReplyMode, header: dic
 def test_fast_loop_stops_at_misses_errors_read_only_and_odd_alignment() -> None:
     write = raw.request(raw.WRITE, 0, 4, payload=b"abcd")
     read = raw.request(raw.READ, 0, 512)
-    for over, data in [
-        (session(fast=False), read),
-        (session(fast=False), write),
-        (session(read_only=True), write),
-        (session(min_block=512), write),
-        (session(max_payload=256), read),
+    for over, data, why in [
+        (session(fast=False), read, DECLINED),
+        (session(fast=False), write, DECLINED),
+        (session(read_only=True), write, SLOW),
+        (session(min_block=512), write, SLOW),
+        (session(max_payload=256), read, SLOW),
+        (session(fast=False, max_payload=256), read, SLOW),
+        (session(fast=False, read_only=True), write, SLOW),
     ]:
-        assert run_fast(over, data) == (b"", data, SLOW)
+        assert run_fast(over, data) == (b"", data, why)
 
     def fail(offset: int, view: memoryview) -> int:
         raise OSError(errno.EIO, "bad block")
