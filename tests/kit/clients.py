@@ -55,13 +55,15 @@ class Clients:
                 client.abort()
 
     async def _work(self, client: NbdClient, chance: random.Random) -> None:
+        # A disk that grew is larger only for those who connect afterwards.
+        sectors = min(self.sectors, client.info.size // SECTOR)
         with contextlib.suppress(*GONE):
             while not self.over:
                 kind = chance.choices(("write", "read", "zero", "trim", "flush", "look"), (50, 25, 8, 8, 4, 3))[0]
                 count = chance.choice((1, 1, 2, 8, 8, 8, 16, 128, 128, 200, 300))
                 if kind == "write" and chance.random() < 0.02:
-                    count = 6000
-                start = chance.randrange(self.sectors - count + 1)
+                    count = sectors // 4 * 3
+                start = chance.randrange(sectors - count + 1)
                 if chance.random() < 0.5:
                     start -= start % 8 if count < 128 else start % 128
                 await getattr(self, f"_{kind}")(client, chance, start, count)

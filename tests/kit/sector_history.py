@@ -137,6 +137,13 @@ class SectorHistory:
             if not later and len(self._survives[sector]) == 1:
                 self._unflushed.discard(sector)
 
+    def grow(self, sectors: int) -> None:
+        """There are more sectors now; the new ones are zero."""
+        more = sectors - self.sectors
+        self.sectors = sectors
+        self._shows += [{0: 0} for _ in range(more)]
+        self._survives += [{0} for _ in range(more)]
+
     # -- the end of a process ----------------------------------------------------------------------------------------------
     def ended(self, image: bytes, *, crashed: bool) -> None:
         """The server ended; ``image`` is what its disk holds. From now on that is what it shows. Raises `Impossible`."""
