@@ -61,6 +61,11 @@ class JobBackend(BlockBackend):
         super().__init__(graph, job.id, description=f"{job.kind} job '{job.id}'")
         self._job = self.owner = job
 
+    @property
+    def in_flight(self) -> int:
+        # A job between two requests is not done either: the next one would come in the middle of the drained section.
+        return self._in_flight or not self._job.resting
+
     def quiesce(self) -> None:
         super().quiesce()
         self._job.pause()

@@ -150,7 +150,7 @@ class CommitJob(BlockJob):
         assert self._filter is not None
         self.thaw()
         graph, base = self.graph, self._base
-        async with graph.drained(self._filter):
+        async with self._jobs.rechaining, graph.drained(self._filter):
             await base.flush()
             graph.set_root_permissions(self._writer, Perm.NONE, Perm.ALL)
             renamed: list[tuple[Node, str | None, str | None]] = []

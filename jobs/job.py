@@ -246,9 +246,14 @@ class Job(ABC):
         if not self._pauses:
             self._wake.set()
 
+    @property
+    def resting(self) -> bool:
+        """Whether the job is held, has ended its run, or waits for a drain itself: until it is let go on, it does nothing."""
+        return self._at_rest.is_set() or self.drains_itself
+
     async def at_rest(self) -> None:
-        """Wait until the job is held, has ended its run, or waits for this drain itself."""
-        while not (self._at_rest.is_set() or self.drains_itself):
+        """Wait until it is `resting`."""
+        while not self.resting:
             await self._at_rest.wait()
 
     async def pause_point(self) -> None:
@@ -425,10 +430,15 @@ class Group:
 
 
 class Jobs:
-    """All jobs of one daemon, the newest first."""
+    """All jobs of one daemon, the newest first.
+
+    ``rechaining``: held while a job writes names of backing files into headers and lets the chain follow, so that no two see each
+    other's half-changed chain.
+    """
 
     def __init__(self, emit: Emit) -> None:
         self.emit = emit
+        self.rechaining = asyncio.Lock()
         self._jobs: list[Job] = []
 
     def __iter__(self) -> Iterator[Job]:

@@ -142,11 +142,14 @@ class StreamJob(BlockJob):
         self.thaw()
         if image.backing is None or image is self._lowest:
             return
-        base = self._base
-        async with self.graph.drained(image):
+        async with self._jobs.rechaining, self.graph.drained(image):
             await image.flush()
             before = image.driver.backing_filename(), image.driver.backing_format()
-            await image.driver.change_backing_file(*self._recorded(base))
+            while True:
+                base = self._base
+                await image.driver.change_backing_file(*self._recorded(base))
+                if self._base is base:  # else another job that ended meanwhile took its filter away
+                    break
             try:
                 with Transaction() as tran:
                     if base is None:

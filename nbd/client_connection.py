@@ -383,9 +383,9 @@ class ClientConnection:
                 await self._emptied
         self.abort()
 
-    def abort(self) -> None:
-        """Drop the connection without a word."""
-        self._fail(ConnectionAbortedError(errno.ECONNABORTED, "NBD connection was closed"))
+    def abort(self, why: str = "NBD connection was closed") -> None:
+        """Drop the connection without a word. ``why``: what the requests under way fail with."""
+        self._fail(ConnectionAbortedError(errno.ECONNABORTED, why))
 
     def _fail(self, error: Exception) -> None:
         if self.error is not None:

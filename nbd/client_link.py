@@ -161,6 +161,11 @@ class Link:
         for connection in list(self._connections):
             connection.abort()
 
+    def drop(self, why: str) -> None:
+        """Drop the connections: what is under way fails, or waits to be sent again, as after any loss."""
+        for connection in list(self._connections):
+            connection.abort(why)
+
     def stop_holding(self) -> None:
         """Let requests fail that wait for a reconnect."""
         if self.state is State.HOLDING:

@@ -7,6 +7,7 @@ engine.
     node.py         a named node and its edges: the one checked way in to a driver
     backend.py      where requests enter the graph (devices, exports, jobs): quiesce, range checks, the fast path
     graph.py        all nodes: open, delete, replace, permissions, drain, reopen
+    slow_drain.py   tells what a drain waits for, where it waits for long
     flatmap.py      a lazily filled cache of the fully resolved chain, which makes depth free
     hostfile.py     an open host file: inline I/O where it cannot block, threads where it can
     fallocate.py    Linux calls on files that Python lacks; pagecache.py: is a file cached

@@ -141,6 +141,19 @@ class Driver(ABC):
         hand-over)."""
         await self.flush()
 
+    def way_out(self) -> str:
+        """What lets requests fail that get no answer, in a sentence for people; "": nothing does."""
+        return ""
+
+    @property
+    def dispensable(self) -> frozenset[str]:
+        """Names of children whose errors never become those of a user of this node."""
+        return frozenset()
+
+    def give_up(self) -> bool:
+        """Let requests fail that get no answer. False: that is not possible."""
+        return False
+
     def cancel_in_flight(self) -> None:
         """Somebody gives up on what is under way: let fail what waits for others than the storage (a reconnect)."""
 

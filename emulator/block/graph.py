@@ -29,6 +29,7 @@ from livedisk.emulator.block.node import Edge, Node, Parent
 from livedisk.emulator.block.options import BlockdevOptions
 from livedisk.emulator.block.permissions import CHANGES, Perm, Role, check_edges, inactive_perms, perm_names
 from livedisk.emulator.block.settings import Settings, settle
+from livedisk.emulator.block.slow_drain import told_if_slow
 from livedisk.emulator.block.throttle import DrainListener, ThrottleGroups
 from livedisk.emulator.block.transaction import Transaction
 from livedisk.emulator.errors import BlockError, NodeNotFound
@@ -431,14 +432,15 @@ class Graph:
         self._drains.append(drain)
         try:
             drain.extend()
-            # Looked at anew each time: the drain may have come to hold more while one was waited for.
-            while True:
-                if busy := next((backend for backend in drain.held if backend.in_flight), None):
-                    await busy.idle()
-                elif working := self._working_above(nodes):
-                    await working.settle()
-                else:
-                    break
+            with told_if_slow(self, drain.what, lambda: drain.blocking):
+                # Looked at anew each time: the drain may have come to hold more while one was waited for.
+                while True:
+                    if busy := next((backend for backend in drain.held if backend.in_flight), None):
+                        await busy.idle()
+                    elif working := self._working_above(nodes):
+                        await working.settle()
+                    else:
+                        break
             yield
         finally:
             self._drains.remove(drain)
@@ -538,6 +540,22 @@ class _Drain:
         self._nodes = nodes
         self.held: list[BlockBackend] = []
         self._told: list[DrainListener] = []
+
+    @property
+    def what(self) -> str:
+        """What it waits for, in words."""
+        names = ", ".join(f"'{node.name}'" for node in self._nodes)
+        return f"nothing is in flight on {f'node {names}' if names else 'any node'}"
+
+    @property
+    def blocking(self) -> list[Node]:
+        """Where requests are, or may be, that it waits for."""
+        busy = [backend for backend in self.held if backend.in_flight]
+        jobs = [backend.owner for backend in busy if backend.of_job]  # which may wait for any of their nodes
+        busy += [backend for backend in self._graph.backends if backend.of_job and backend.owner in jobs]
+        return [backend.root.node for backend in busy if backend.root is not None] or [
+            node for node in self._graph.nodes.values() if node.driver.working()
+        ]
 
     def extend(self) -> None:
         """Hold what stands above the nodes now and is not held yet."""

@@ -153,6 +153,11 @@ class CopyBeforeWrite(Driver):
     async def close(self) -> None:
         await self.settle()
 
+    @property
+    def dispensable(self) -> frozenset[str]:
+        breaks_guest = self.options.on_cbw_error is OnCbwError.BREAK_GUEST_WRITE
+        return frozenset() if breaks_guest else frozenset({"target"})
+
     def working(self) -> bool:
         return bool(self._late)
 

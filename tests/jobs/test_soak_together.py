@@ -490,7 +490,7 @@ class Operator:
     async def _single(self, line: Line, kind: Callable[[Line], Awaitable[Asked | None]]) -> None:
         daring = self.chance.random() < 0.5
         async with line.lock:
-            asked = await kind(line)
+            asked = await kind(line) if len(line.chain) >= 3 else None
             if asked is None:
                 return
             if not line.free(asked.alone, asked.together):

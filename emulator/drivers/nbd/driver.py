@@ -189,6 +189,14 @@ class NbdDriver(Driver):
             yank.unregister(_KIND, self.node.name)
             await self._link.close()
 
+    def way_out(self) -> str:
+        name = self.node.name
+        return f'yank with {{"instances": [{{"type": "{_KIND}", "node-name": "{name}"}}]}} cuts the connection: they fail then'
+
+    def give_up(self) -> bool:
+        self._link.drop("the server gives no answer")
+        return True
+
     def cancel_in_flight(self) -> None:
         self._link.stop_holding()
 
