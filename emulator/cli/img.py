@@ -222,8 +222,9 @@ async def opened(path: str, fmt: str, *, writable: bool = False, force_share: bo
     load_plugins()
     graph = (daemon := Daemon()).graph
     settings: dict[str, Any] = {"read_only": not writable, "force_share": force_share}
-    remote = any(path.partition(":")[0] in driver.protocols for driver in DRIVERS.values()) and ":" in path
-    file = protocol_options(graph, path) if remote else daemon.parse_options({"driver": "file", "filename": path})
+    prefix, colon, _ = path.partition(":")
+    told = colon and (prefix == "json" or any(prefix in driver.protocols for driver in DRIVERS.values()))
+    file = protocol_options(graph, path) if told else daemon.parse_options({"driver": "file", "filename": path})
     if fmt == "file":
         options = msgspec.structs.replace(file, **settings)
     else:

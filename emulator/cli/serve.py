@@ -251,6 +251,8 @@ def choose_format(path: str) -> str:
     """The format of an image that nobody named; see the module's docstring. Raises LiveDiskError, OSError."""
     from livedisk.emulator.drivers.qcow2.header import Purpose, parse_header, probe
 
+    if path.startswith(("json:", "nbd:")) or "://" in path:
+        raise LiveDiskError(f"{path} is no file whose header could say its format: say it with -f")
     with open(path, "rb") as file:
         start = file.read(2 << 20)
     if not probe(start):

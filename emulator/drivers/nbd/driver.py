@@ -229,6 +229,8 @@ class NbdDriver(Driver):
             flags = min(flags, 2)
         found = Status.NONE if flags & STATE_HOLE else Status.DATA
         found |= Status.ZERO if flags & STATE_ZERO else Status.NONE
+        if not found and self._context != BASE_ALLOCATION:
+            return BlockStatus(Status.NONE, run, 1, node)  # as QEMU shows what is dirty
         return BlockStatus(valid | found, run, 1, node, node, offset)
 
     async def _aligned_status(self, offset: int, length: int) -> tuple[int, int]:
