@@ -270,6 +270,38 @@ def test_what_is_closed_is_exact_for_qemu(variant: str, tmp_path: Path) -> None:
         assert "in-use" not in one["flags"]
 
 
+@pytest.mark.parametrize("how", ["added", "cleared", "handed over"])
+def test_the_moment_at_which_a_bitmap_begins_survives(how: str, tmp_path: Path) -> None:
+    """A backup may have copied what was written before and not flushed. If a power cut took it back, an increment would miss
+    that."""
+    path = create(tmp_path / "image.qcow2", SIZE, options="cluster_size=4k")
+    qemu_img("bitmap", "--add", "-g", str(STEP), path, "x")
+    platter = Platter(path.read_bytes())
+    before = b"before" * 2000
+
+    async def begin() -> None:
+        async with opened(CrashDiskOptions(driver="crash-disk", platter=platter)) as disk:
+            await disk.write(5 << 20, before)
+            bitmap = disk.node.bitmaps.get("x")
+            if how == "added":
+                disk.node.bitmaps.create(STEP, "y", persistent=True)
+            elif how == "cleared":
+                bitmap.clear()
+            else:
+                bitmap.freeze()
+                bitmap.abdicate()
+            await disk.driver.sync_bitmaps()
+            path.write_bytes(platter.durable)
+
+    asyncio.run(begin())
+
+    async def look() -> bytes:
+        async with opened(path, writable=False) as disk:
+            return await disk.read(5 << 20, len(before))
+
+    assert asyncio.run(look()) == before
+
+
 def region_of(offset: int) -> range:
     first = offset // module.MIN_REGION * module.MIN_REGION
     return range(first // STEP, (first + module.MIN_REGION) // STEP)

@@ -17,6 +17,9 @@ table, so that a check finds nothing odd. The first change marks the bitmaps as 
 an autoclear bit of our own say that they are tracked (`bitmap_directory.py`). Whoever opens the image for writing without knowing
 the bit clears it; the bitmaps are inconsistent from then on, to us too. That is as it must be: that writer recorded nothing.
 
+A bitmap tells what differs from the moment at which it began. So that moment must survive, too: before the disk says less than
+it did (a bitmap was added or cleared, a backup has taken what it said), all that was written until then is on stable storage.
+
 A bitmap that does not record (it is disabled) is exact on the disk at all times, and nothing has to be marked for it.
 
 Changes of the set of bitmaps, or of one that is exact, go through `_publish`: clusters and tables to places that nothing refers
@@ -327,6 +330,10 @@ class PersistentBitmaps:
         async with self._lock:
             if self._hopeless or not (self._stored or self._bitmaps()):
                 return
+            # What was written before a bitmap began, or was cleared, is not in it: it must not be lost by a crash any more. A
+            # backup of that moment has it, and the next increment would not bring back what the disk has instead.
+            await self._image.writeback.run()
+            await self._image.storage.barrier()
             mode = _Mode.TRACKED if self._tracking else _Mode.EXACT
             if not self._up_to_date(mode) or (self._tracking and not self._published):
                 await self._publish(mode)
