@@ -123,7 +123,7 @@ async def prepare_drive_backup(ctx: Context, args: DriveBackup, run: Run) -> Non
     backing = {Sync.TOP: below, Sync.NONE: source}.get(sync)
     if not existing:
         shown = skip_filters(backing) if backing is not None and backing.implicit else backing
-        await create_target(args.target, fmt, source.size, shown)
+        await create_target(ctx.daemon.graph, args.target, fmt, source.size, shown)
     target = await _open_target(ctx, args.target, fmt, source, over=source if sync is Sync.NONE else None)
     run.afterwards.append(lambda: ctx.daemon.graph.release(target))
     await _set_up(ctx, args, sync, source, target, run)

@@ -87,7 +87,8 @@ async def drive_mirror(ctx: Context, args: DriveMirror) -> None:
     sync = _settled(args.sync, source)
     if not existing:
         backing = {Sync.TOP: image.backing.node if image.backing is not None else None, Sync.NONE: source}.get(sync)
-        await create_target(args.target, fmt, source.size, skip_filters(backing) if backing is not None else None)
+        shown = skip_filters(backing) if backing is not None else None
+        await create_target(ctx.daemon.graph, args.target, fmt, source.size, shown)
     target = await open_target(ctx, args.target, fmt, args.node_name, source)
     try:
         await _start(

@@ -71,6 +71,8 @@ class Driver(ABC):
     supports_backing: ClassVar[bool] = False
     filename_children: ClassVar[tuple[str, ...]] = ()
     """Options that `parse_filename` gives as the file name of a child."""
+    image_children: ClassVar[tuple[str, ...]] = ()
+    """Of these, the ones whose names are of images rather than of files."""
     protocols: ClassVar[Collection[str]] = ()
     """What stands before the colon of file names that this driver reads itself (`options_of`)."""
     internal: ClassVar[bool] = False

@@ -116,6 +116,8 @@ def image_options(node: Node, filename: str, fmt: str, **generic: Any) -> Blockd
     if driver_class(file.driver).is_format and filename.startswith("json:"):
         if file.driver != fmt:
             raise BlockError(f"'{filename}' is of format '{file.driver}', not '{fmt}'")
+        if driver_class(fmt).supports_backing and getattr(file, "backing", UNSET) is UNSET:
+            generic["backing"] = None
         return msgspec.structs.replace(file, **generic)
     cls = DRIVERS.get(fmt)
     if cls is None or cls.internal:
@@ -129,8 +131,23 @@ def image_options(node: Node, filename: str, fmt: str, **generic: Any) -> Blockd
 
 
 def _named_child(node: Node | Graph, cls: type[Driver], key: str, value: Any) -> Any:
-    """A value that a file name gave: of a child, the options that its own file name means."""
-    return protocol_options(node, value) if key in cls.filename_children else value
+    """A value that a file name gave: of a child, the options that its own file name means. A file that stands for an image is
+    one of qcow2 if it says so and is named so; its name no guest can choose."""
+    if key not in cls.filename_children:
+        return value
+    file = protocol_options(node, value)
+    if key in cls.image_children and value.endswith((".qcow2", ".qcow")) and _starts_as_qcow2(value):
+        make: Callable[..., BlockdevOptions] = driver_class("qcow2").Options
+        return make(driver="qcow2", file=file)
+    return file
+
+
+def _starts_as_qcow2(path: str) -> bool:
+    try:
+        with open(path.removeprefix("file:"), "rb") as file:
+            return looks_like(file.read(512)) == "qcow2"
+    except OSError:
+        return False  # whoever opens it will say why
 
 
 def _is_block_device(path: str) -> bool:

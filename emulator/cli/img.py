@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
 import sys
 from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
@@ -22,7 +21,6 @@ from livedisk.emulator.errors import BlockError, LiveDiskError, ParameterError
 
 if TYPE_CHECKING:
     from livedisk.emulator.block.node import Node
-    from livedisk.emulator.block.options import BlockdevOptions
     from livedisk.emulator.drivers.qcow2.check import CheckResult
     from livedisk.emulator.drivers.qcow2.create import CreateOptions
 
@@ -114,8 +112,6 @@ def create_command(
     """
 
     async def work() -> int:
-        from livedisk.emulator.drivers.qcow2.create import create_file
-
         given = _creation_words(words)
         if size is not None and "size" in given:
             raise ParameterError("The image size must be specified only once")
@@ -124,12 +120,30 @@ def create_command(
                 given[name] = value
         nocow = switch_of("nocow", given.pop("nocow", "off"))
         options = await _creation_options(given, image)
-        await create_file(image, options, nocow=nocow)
+        await _create(image, options, nocow=nocow)
         if not quiet:
             click.echo(f"Formatting '{image}', fmt=qcow2 {_described(options)}")
         return 0
 
     run_to_end(work)
+
+
+async def _create(name: str, options: CreateOptions, *, nocow: bool) -> None:
+    """Into a file, or into what is there already where that is not one of this host's."""
+    from livedisk.emulator.cli.images import is_path
+    from livedisk.emulator.daemon import Daemon
+    from livedisk.emulator.drivers.qcow2.create import create_file
+    from livedisk.emulator.qmp.new_images import create_in_storage, host_path
+
+    daemon = Daemon()
+    path = name if is_path(name) else host_path(name)
+    if path is not None:
+        await create_file(path, options, nocow=nocow)
+        return
+    try:
+        await create_in_storage(daemon.graph, name, "qcow2", options)
+    finally:
+        await daemon.close()
 
 
 def _creation_words(words: tuple[str, ...]) -> dict[str, str]:
@@ -192,8 +206,9 @@ async def _creation_options(given: dict[str, str], image: str) -> CreateOptions:
 
 
 async def _backing_size(image: str, backing: str, fmt: str) -> int:
-    path = os.path.join(os.path.dirname(image), backing)
-    async with opened(path, fmt) as node:
+    from livedisk.emulator.qmp.filenames import combine
+
+    async with opened(combine(image, backing), fmt) as node:
         return node.size
 
 
@@ -210,28 +225,23 @@ def _on_off(value: Any) -> str:
 
 # -- opening -----------------------------------------------------------------------------------------------------------
 @asynccontextmanager
-async def opened(path: str, fmt: str, *, writable: bool = False, force_share: bool = False) -> AsyncIterator[Node]:
-    """The image open in a graph of its own; ``fmt`` "file" is the file, or the export that an NBD name means, itself."""
+async def opened(
+    name: str, fmt: str | None, *, writable: bool = False, force_share: bool = False
+) -> AsyncIterator[Node]:
+    """The image open in a graph of its own; ``fmt`` "file" is the file, or the export that an NBD name means, itself;
+    None: what the image is."""
     from livedisk.emulator.block.backend import BlockBackend
-    from livedisk.emulator.block.driver import DRIVERS, driver_class
-    from livedisk.emulator.block.gate import protocol_options
     from livedisk.emulator.block.permissions import Perm
+    from livedisk.emulator.cli.images import image_options
     from livedisk.emulator.daemon import Daemon
     from livedisk.emulator.qmp.registry import load_plugins
 
     load_plugins()
     graph = (daemon := Daemon()).graph
-    settings: dict[str, Any] = {"read_only": not writable, "force_share": force_share}
-    prefix, colon, _ = path.partition(":")
-    told = colon and (prefix == "json" or any(prefix in driver.protocols for driver in DRIVERS.values()))
-    file = protocol_options(graph, path) if told else daemon.parse_options({"driver": "file", "filename": path})
-    if fmt == "file":
-        options = msgspec.structs.replace(file, **settings)
-    else:
-        make: Callable[..., BlockdevOptions] = driver_class(fmt).Options
-        options = make(driver=fmt, file=file, **settings)
     backend = BlockBackend(graph)
     try:
+        options = await image_options(daemon, name, fmt)
+        options = msgspec.structs.replace(options, read_only=not writable, force_share=force_share)
         node = await graph.open(options)
         perm = Perm.CONSISTENT_READ | (Perm.WRITE | Perm.RESIZE if writable else Perm.NONE)
         # Who looks at the bare file of a format shares it as the format would: with nobody who writes.
@@ -339,11 +349,10 @@ def info_command(fmt: str | None, force_share: bool, backing_chain: bool, output
     """Say what IMAGE is."""
 
     async def work() -> int:
-        from livedisk.emulator.cli.serve import choose_format
         from livedisk.emulator.qmp.query_block import node_info
 
         found: list[dict[str, Any]] = []
-        async with opened(image, fmt or choose_format(image), force_share=force_share) as top:
+        async with opened(image, fmt, force_share=force_share) as top:
             node: Node | None = top
             while node is not None:
                 found.append(msgspec.to_builtins((await node_info(node, deep=False)).image))
@@ -366,8 +375,7 @@ def _described_info(info: dict[str, Any]) -> str:
         f"file format: {info['format']}",
         f"virtual size: {human_size(size)} ({size} bytes)",
     ]
-    if "actual-size" in info:
-        lines.append(f"disk size: {human_size(info['actual-size'])}")
+    lines.append(f"disk size: {human_size(info['actual-size']) if 'actual-size' in info else 'unavailable'}")
     if "cluster-size" in info:
         lines.append(f"cluster_size: {info['cluster-size']}")
     if "backing-filename" in info:
@@ -424,9 +432,7 @@ def map_command(fmt: str | None, force_share: bool, output: str, image: str) -> 
     """Say where each part of IMAGE stands: in which image of the chain, and at which offset."""
 
     async def work() -> int:
-        from livedisk.emulator.cli.serve import choose_format
-
-        async with opened(image, fmt or choose_format(image), force_share=force_share) as node:
+        async with opened(image, fmt, force_share=force_share) as node:
             extents = [found async for found in _extents(node)]
         if output == "json":
             rows = [_map_entry(start, length, extent) for start, length, extent in extents]
@@ -437,10 +443,15 @@ def map_command(fmt: str | None, force_share: bool, output: str, image: str) -> 
             if extent.compressed:
                 raise BlockError("File contains external, encrypted or compressed clusters.")
             if extent.data and not extent.zero:
-                click.echo(f"{start:<#16x}{length:<#16x}{extent.offset or 0:<#16x}{extent.filename}")
+                click.echo(f"{_hex(start):<16}{_hex(length):<16}{_hex(extent.offset or 0):<16}{extent.filename}")
         return 0
 
     run_to_end(work)
+
+
+def _hex(number: int) -> str:
+    """As C's %#x has it."""
+    return f"{number:#x}" if number else "0"
 
 
 def _map_entry(start: int, length: int, extent: _Extent) -> str:

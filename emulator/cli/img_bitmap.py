@@ -73,14 +73,12 @@ def bitmap_command(
         raise click.UsageError("Merge bitmap source file only supported with --merge")
 
     async def work() -> int:
-        from livedisk.emulator.cli.serve import choose_format
 
         async with AsyncExitStack() as stack:
-            node = await stack.enter_async_context(opened(image, fmt or choose_format(image), writable=True))
+            node = await stack.enter_async_context(opened(image, fmt, writable=True))
             source = node
             if source_file is not None:
-                kind = source_fmt or choose_format(source_file)
-                source = await stack.enter_async_context(opened(source_file, kind))
+                source = await stack.enter_async_context(opened(source_file, source_fmt))
             for verb, name in actions:
                 try:
                     _act(node, bitmap, verb, granularity, source.bitmaps.get(name) if name else None)

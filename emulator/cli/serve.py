@@ -15,13 +15,13 @@ import logging
 import os
 import shlex
 import signal
-import stat
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
 import click
+import msgspec
 
 from livedisk.emulator.errors import LiveDiskError
 
@@ -152,19 +152,17 @@ class _Order:
 
     async def _open(self, daemon: Daemon) -> None:
         """Open the image, as the node "disk"."""
-        self._format = self._format or choose_format(self._image)
-        storage = "host_device" if stat.S_ISBLK(os.stat(self._image).st_mode) else "file"
-        options: dict[str, Any] = {"driver": self._format, "node-name": "disk"}
-        if self._format == storage:
-            options["filename"] = self._image
-        else:
-            options["file"] = {"driver": storage, "filename": self._image}
+        from livedisk.emulator.block.types import Discard
+        from livedisk.emulator.cli.images import image_options
+
+        options = await image_options(daemon, self._image, self._format)
+        self._format = options.driver
         if not self._snapshot:
-            options |= {"read-only": self._read_only, "discard": "unmap"}
-            await daemon.add_blockdev(daemon.parse_options(options))
+            read_only = self._read_only or options.read_only is True
+            options = msgspec.structs.replace(options, node_name="disk", read_only=read_only, discard=Discard.UNMAP)
+            await daemon.add_blockdev(options)
             return
-        options |= {"node-name": "image", "read-only": True}
-        await daemon.add_blockdev(daemon.parse_options(options))
+        await daemon.add_blockdev(msgspec.structs.replace(options, node_name="image", read_only=True))
         await self._overlay(daemon)
 
     async def _overlay(self, daemon: Daemon) -> None:
@@ -245,30 +243,6 @@ class _Order:
     def _headline(self, daemon: Daemon) -> str:
         how = ", read-only" if self._read_only else ", writes are dropped in the end" if self._snapshot else ""
         return f"{self._image} ({self._format}, {daemon.graph.find('disk').size} bytes{how})"
-
-
-def choose_format(path: str) -> str:
-    """The format of an image that nobody named; see the module's docstring. Raises LiveDiskError, OSError."""
-    from livedisk.emulator.drivers.qcow2.header import Purpose, parse_header, probe
-
-    if path.startswith(("json:", "nbd:")) or "://" in path:
-        raise LiveDiskError(f"{path} is no file whose header could say its format: say it with -f")
-    with open(path, "rb") as file:
-        start = file.read(2 << 20)
-    if not probe(start):
-        if path.endswith((".qcow2", ".qcow")):
-            raise LiveDiskError(f"{path} is named like a qcow2 image but is none; say -f raw to serve its bytes")
-        log.warning("no format given (-f); serving %s as raw", path)
-        return "raw"
-    header = parse_header(start, Purpose.READ)
-    if (header.backing_file or header.has_data_file) and not path.endswith((".qcow2", ".qcow")):
-        raise LiveDiskError(
-            f"{path} starts with a qcow2 header that names another file "
-            f"({header.backing_file or header.data_file}). A guest could have written it into a raw disk: "
-            "say -f qcow2 if you trust it, else -f raw"
-        )
-    log.info("no format given (-f); the header says qcow2")
-    return "qcow2"
 
 
 def _instructions(uri: str, headline: str, attach: list[str], qmp: str | None) -> str:

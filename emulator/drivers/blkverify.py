@@ -42,6 +42,7 @@ class Blkverify(OpaqueFilter):
     options: BlkverifyOptions
     child_name: ClassVar[str] = "test"
     filename_children: ClassVar[tuple[str, ...]] = ("test", "raw")
+    image_children: ClassVar[tuple[str, ...]] = ("test",)
 
     async def open(self) -> None:
         node = self.node

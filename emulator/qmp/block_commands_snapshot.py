@@ -34,6 +34,7 @@ from livedisk.emulator.qmp.announce import announce
 from livedisk.emulator.qmp.context import Context
 from livedisk.emulator.qmp.filenames import filename
 from livedisk.emulator.qmp.lookup import find_node
+from livedisk.emulator.qmp.new_images import create_in_storage, host_path
 from livedisk.emulator.qmp.qapi import UNSET, QapiStruct, UnsetType
 from livedisk.emulator.qmp.registry import command
 from livedisk.emulator.qmp.transaction import Run, action, run_single
@@ -102,7 +103,7 @@ async def prepare_snapshot(ctx: Context, args: BlockdevSnapshot, run: Run) -> No
     await _put_on_top(ctx, old, overlay, run)
 
 
-async def create_image(path: str, fmt: str, backing: Node) -> None:
+async def create_image(name: str, fmt: str, backing: Node) -> None:
     """Make an image of format ``fmt`` over ``backing``, as large as that is now. Raises BlockError in QEMU's words."""
     driver = DRIVERS.get(fmt)
     if driver is None:
@@ -111,17 +112,19 @@ async def create_image(path: str, fmt: str, backing: Node) -> None:
         if driver.supports_backing or fmt != "raw":
             raise BlockError(f"Format driver '{fmt}' does not support image creation")
         raise BlockError(f"Backing file not supported for file format '{fmt}'")
-    name = filename(backing)
-    if name == path:
+    path = host_path(name)
+    below = filename(backing)
+    if below == path:
         raise BlockError("Error: Trying to create an image with the same filename as the backing file")
     # Imported here: creation is not needed to start up.
     from livedisk.emulator.drivers.qcow2.create import CreateOptions, create_file
 
-    if path.startswith("json:"):
-        raise BlockError("Unknown protocol 'json'")
-    options = CreateOptions(size=backing.size, backing_file=name, backing_fmt=backing.options.driver)
-    announce(path, fmt, backing.size, name, backing.options.driver)
-    await create_file(path, options)
+    options = CreateOptions(size=backing.size, backing_file=below, backing_fmt=backing.options.driver)
+    announce(name if path is None else path, fmt, backing.size, below, backing.options.driver)
+    if path is None:
+        await create_in_storage(backing.graph, name, fmt, options)
+    else:
+        await create_file(path, options)
 
 
 async def _open_overlay(ctx: Context, args: BlockdevSnapshotSync, old: Node) -> Node:

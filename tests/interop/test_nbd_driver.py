@@ -169,7 +169,7 @@ def test_what_is_dirty_on_the_server_is_shown_as_qemu_shows_it(kind: type[Storag
             assert len(ours) > 3
         wrong = "json:" + json.dumps(way | {"x-dirty-bitmap": "qemu:dirty-bitmap:none"})
         assert "not found" in livedisk("img", "map", "-f", "raw", wrong, expect=1).stderr
-        assert "say it with -f" in livedisk("img", "map", wrong, expect=1).stderr
+        assert "not found" in livedisk("img", "map", wrong, expect=1).stderr
 
 
 # -- servers that are slow and fail -----------------------------------------------------------------------------------

@@ -42,7 +42,7 @@ class Serve(Process):
     """``livedisk serve IMAGE`` on a Unix socket in the short folder ``folder``, with a QMP socket beside it."""
 
     def __init__(
-        self, folder: Path, image: Target, *options: str, format: str | None = None, name: str = "serve"
+        self, folder: Path, image: Target, *options: str, format: str | None = None, name: str = "serve", **how: Any
     ) -> None:
         self.nbd_socket = folder / f"{name}.nbd"
         self.qmp_socket = folder / f"{name}.qmp"
@@ -50,7 +50,7 @@ class Serve(Process):
         arguments = [executable(), "serve", os.fspath(image)]
         arguments += ["-f", format] if format is not None else []
         arguments += ["--socket", str(self.nbd_socket), "--qmp", str(self.qmp_socket), *options]
-        super().__init__(arguments, log=folder / f"{name}.log")
+        super().__init__(arguments, log=folder / f"{name}.log", **how)
         try:
             self.wait_for_socket(self.nbd_socket)
             self.wait_for_socket(self.qmp_socket)

@@ -14,7 +14,7 @@ from kit.places import pattern, write_file
 from kit.process import Process
 from kit.qemu import check, create, qemu_img, qemu_io, read_all
 from kit.qmp import QmpError
-from livedisk.emulator.cli.serve import choose_format
+from livedisk.emulator.cli.images import choose_format
 from livedisk.emulator.errors import LiveDiskError
 
 DATA = pattern(1 << 20)
