@@ -25,7 +25,7 @@ import os
 from collections.abc import Awaitable
 from typing import Final
 
-from livedisk.emulator.block.extents import COPY_BUFFER, Extents, SourceUnreadable, copy_buffer
+from livedisk.emulator.block.extents import COPY_BUFFER, SourceUnreadable, copy_buffer
 from livedisk.emulator.block.node import Edge, Node, is_zero
 from livedisk.emulator.block.permissions import Perm
 from livedisk.emulator.block.pins import pinned
@@ -42,8 +42,6 @@ SMALL: Final = 256 << 10
 and before the guest's next write, so that a mirror catches up with a guest that writes all over the disk."""
 ZERO_STEP: Final = 1 << 30
 """Bytes zeroed in one request at most."""
-_SAMPLE: Final = 4096
-"""Bytes looked at first for zeroes in data."""
 
 
 class Side(enum.Enum):
@@ -162,7 +160,7 @@ class _Copier:
                     return 0
                 if len(extents) < length:
                     extents = extents[: len(extents) // self.grain * self.grain]
-                if not len(extents) or (self.detect_zeroes and await may_be_zero(extents)):
+                if not len(extents) or (self.detect_zeroes and await extents.may_be_zero()):
                     return 0
                 await writing(self.target.copy_in(offset, extents))
                 return len(extents)
@@ -179,16 +177,6 @@ class _Copier:
             else:
                 await writing(self.target.write(offset, data))
         return length
-
-
-async def may_be_zero(extents: Extents) -> bool:
-    """Whether it takes a closer look to know that no `STEP` of the data is zero. Raises SourceUnreadable."""
-    for start in range(0, len(extents), STEP):
-        with memoryview(bytearray(min(_SAMPLE, len(extents) - start))) as sample:
-            await extents[start : start + len(sample)].read(sample)
-            if is_zero(sample):
-                return True
-    return False
 
 
 def _check(source: Edge, target: Edge, offset: int, length: int) -> None:

@@ -21,6 +21,8 @@ from livedisk.emulator.block.hostfile import HostFile, in_thread
 
 COPY_BUFFER: Final = 2 << 20
 """Bytes of a buffer that `copy_buffer` lends."""
+_SAMPLE: Final = 4096
+"""Bytes looked at first for zeroes."""
 _SPARE: Final = 8
 """Buffers kept for the next copy: 16 MiB at most, and only if they were used."""
 _POPULATE_READ: Final = 22
@@ -89,6 +91,15 @@ class Extents:
                 else:
                     _read_source(file, at, part)
             position += length
+
+    async def may_be_zero(self) -> bool:
+        """Whether it takes a closer look to know that no `COPY_BUFFER` of them is zero. Raises SourceUnreadable."""
+        for start in range(0, len(self), COPY_BUFFER):
+            with memoryview(bytearray(min(_SAMPLE, len(self) - start))) as sample:
+                await self[start : start + len(sample)].read(sample)
+                if not any(sample):
+                    return True
+        return False
 
     async def warm(self) -> bool:
         """Have them in the page cache, so that a system call that takes them from there does not wait for a disk; False where

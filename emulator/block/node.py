@@ -401,7 +401,8 @@ class Node:
     async def copy_in(self, offset: int, extents: Extents) -> None:
         """Write bytes that stand in host files at ``offset`` (bytes). Raises SourceUnreadable where they cannot be read."""
         self.check_writable()
-        if not self.driver.copies_in or self.detect_zeroes is not DetectZeroes.OFF:
+        looks = self.detect_zeroes is not DetectZeroes.OFF
+        if not self.driver.copies_in or (looks and await extents.may_be_zero()):
             await self._write_extents(offset, extents)
             return
         step, length = self.driver.request_alignment, len(extents)

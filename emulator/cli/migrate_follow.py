@@ -10,8 +10,11 @@ it is copied, that moment does not come by itself; so, one after the other, and 
 from __future__ import annotations
 
 import asyncio
+import errno
+import os
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -27,6 +30,8 @@ _STALLED: Final = 10.0
 """Seconds without any progress after which that is told."""
 _SLOWEST: Final = 1 << 20
 """Bytes a second that the guest may write in any case."""
+_EVENT: Final = 0.5
+"""Seconds to wait for an event that should be there."""
 _SMOOTH: Final = 0.3
 """How much a new look counts against those before."""
 
@@ -110,8 +115,7 @@ class Follower:
         for look in self.looks:
             job = jobs.get(look.disk.name)
             if job is None or job.get("error") or job["status"] in ("concluded", "aborting"):
-                reason = (job or {}).get("error") or "it is gone"
-                raise Refused(f"copying '{look.disk.node}' failed: {reason}")
+                raise Refused(await self._why(look, (job or {}).get("error") or "it is gone"))
             self._note(look, job, passed)
         rate, dirty = sum(look.rate for look in self.looks), sum(look.dirty_rate for look in self.looks)
         if not all(look.ready for look in self.looks) and dirty < _CONVERGES * rate:
@@ -120,6 +124,25 @@ class Follower:
             self._tell_stall(now, moving=rate >= 1)
         if rate < 1 and dirty < 1:
             self._converged_at = now  # it is not the guest that is in the way
+
+    async def _why(self, look: Look, reason: str) -> str:
+        """What a mirror failed with, and on which side: the job does not know, its last error event does."""
+        side = ""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(_EVENT):
+                async for event in self._source.qmp.events():
+                    if event["event"] == "BLOCK_JOB_ERROR" and event["data"]["device"] == look.disk.name:
+                        side = (
+                            "reading the source"
+                            if event["data"]["operation"] == "read"
+                            else "writing to the destination"
+                        )
+                        break
+        hint = ""
+        if reason == os.strerror(errno.ENOSPC):
+            where = f" ({look.disk.target})" if look.disk.target else ""
+            hint = f": make room there{where}, and run this again"
+        return f"copying '{look.disk.node}' failed{', ' if side else ''}{side}: {reason}{hint}"
 
     def _tell_stall(self, now: float, *, moving: bool) -> None:
         if moving or all(look.ready for look in self.looks):

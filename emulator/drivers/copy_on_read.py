@@ -20,7 +20,7 @@ from typing import Any
 
 import msgspec
 
-from livedisk.emulator.block.copy import PIECE, SMALL, STEP, grain_of, may_be_zero
+from livedisk.emulator.block.copy import PIECE, SMALL, STEP, grain_of
 from livedisk.emulator.block.driver import Driver, register
 from livedisk.emulator.block.extents import copy_buffer
 from livedisk.emulator.block.node import Edge, Node, is_zero
@@ -168,7 +168,7 @@ async def _lift(node: Node, backing: Edge, offset: int, length: int) -> int:
         async with pinned(backing.node, offset, whole, _own(node)) as extents:
             if extents is not None and len(extents) < whole:
                 extents = extents[: len(extents) // grain * grain]
-            if extents is not None and len(extents) and not await may_be_zero(extents):
+            if extents is not None and len(extents) and not await extents.may_be_zero():
                 await node.driver.copy_in(offset, extents)
                 return len(extents)
     length = min(length, STEP)

@@ -14,6 +14,7 @@ import pytest
 from kit import certificates
 from kit.livedisk import Daemon, livedisk
 from kit.moving import Move
+from kit.nbdkit import Nbdkit
 from kit.places import write_file
 from kit.qemu import StorageDaemon, check, create, info, qemu_io, read_all
 from kit.qmp import Qmp
@@ -355,6 +356,65 @@ def test_the_source_dies_while_it_copies(short_path: Path) -> None:
         assert f"the source at {move.source.qmp_socket} is gone" in command.output()
         with move.destination.qmp() as qmp:
             assert qmp.execute("query-status")["status"] == "inmigrate"
+
+
+@pytest.mark.slow
+def test_the_destination_fills_up_while_it_copies(short_path: Path) -> None:
+    """Its image, a qcow2 whose metadata has no room either, so that it cannot be flushed: what is to be done is told, and
+    nothing is left that would keep the next run."""
+    full = short_path / "full"
+    image = create(short_path / "there.qcow2", 16 << 20)
+    with image.open("ab") as file:  # an export does not grow
+        file.truncate(24 << 20)
+    faults = [f"error-{what}{more}" for what in ("pwrite", "zero") for more in ("-rate=100%", f"-file={full}")]
+    with (
+        Nbdkit(short_path, "--filter=error", "file", str(image), "error=ENOSPC", *faults) as storage,
+        Move(short_path) as move,
+    ):
+        slow_down(move)
+        with move.destination.qmp() as qmp:
+            file = {"driver": "nbd", "server": {"type": "unix", "path": str(storage.socket)}}
+            qmp.execute("blockdev-add", driver="qcow2", node_name="disk0", file=file)
+        command = move.begin("--bandwidth", "4M")
+        command.wait_for_output("left")
+        full.touch()
+        command.wait(expect=1)
+        said = command.output()
+        assert "copying 'disk0' failed, writing to the destination: No space left on device: make room there" in said
+        assert "clearing up" not in said
+        assert move.states() == ("running", "inmigrate")
+        with move.source.qmp() as here, move.destination.qmp() as there:
+            nothing_is_left(here)
+            nothing_is_left(there)
+        still_there(move)
+        full.unlink()
+        move.migrate()
+        assert move.states() == ("postmigrate", "running")
+        qemu_io(move.destination.uri("disk0"), "read -P 7 0 16M", format="raw")
+        move.destination.stop()
+        move.source.stop()
+
+
+@pytest.mark.slow
+def test_interrupted_while_the_destination_stalls(short_path: Path) -> None:
+    with Move(short_path) as move:
+        slow_down(move)
+        command = move.begin("--bandwidth", "2M")
+        command.wait_for_output("left")
+        move.destination.signal(signal.SIGSTOP)
+        time.sleep(0.5)
+        command.signal(signal.SIGINT)
+        time.sleep(0.5)
+        still_there(move)
+        move.destination.signal(signal.SIGCONT)
+        command.wait(expect=1)
+        assert "interrupted: the guest is on the source, as before" in command.output()
+        with move.source.qmp() as here, move.destination.qmp() as there:
+            nothing_is_left(here)
+            nothing_is_left(there)
+        move.migrate()
+        assert move.states() == ("postmigrate", "running")
+        qemu_io(move.destination.uri("disk0"), "read -P 7 0 16M", format="raw")
 
 
 @pytest.mark.slow

@@ -125,6 +125,25 @@ def test_a_copy_arrives(file: HostFile, short_path: Path, monkeypatch: pytest.Mo
     assert sum(counts) == len(extents) + 512
 
 
+def test_zeroes_are_looked_for_where_they_are_asked_for(
+    file: HostFile, short_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counts = moved_by_the_kernel(monkeypatch)
+    Path(file.path).write_bytes(CONTENT[:65536] + bytes(65536))
+
+    async def test() -> None:
+        async with served(short_path) as place, opened(place.options(**{"detect-zeroes": "unmap"})) as disk:
+            place.export.data[:] = b"\x01" * SIZE
+            await disk.node.copy_in(0, Extents([(file, 0, 65536)]))
+            assert sum(counts) == 65536
+            await disk.node.copy_in(65536, Extents([(file, 65536, 65536)]))
+            assert sum(counts) == 65536
+            assert place.export.log[-1] == ("write_zeroes", 65536, 65536)
+            assert place.export.data[: 131072 + 1] == CONTENT[:65536] + bytes(65536) + b"\x01"
+
+    run(test)
+
+
 def test_what_was_under_way_when_the_connection_broke_is_sent_again(file: HostFile, short_path: Path) -> None:
     async def test() -> None:
         gate = asyncio.Event()
