@@ -37,6 +37,7 @@ from typing import Final
 import msgspec
 
 from livedisk.emulator.block.bitmaps import DirtyBitmap
+from livedisk.emulator.block.copy import SMALL
 from livedisk.emulator.block.graph import Graph
 from livedisk.emulator.block.node import Node
 from livedisk.emulator.block.status import allocation_depth, block_status
@@ -46,7 +47,7 @@ from livedisk.emulator.errors import BlockError
 from livedisk.emulator.qmp.context import Context
 from livedisk.jobs.block_job import BlockJob
 from livedisk.jobs.commands import jobs_of
-from livedisk.jobs.copy import OPERATION, PIECE, STEP, ZERO_STEP, CopyFailed, Lanes, Side, lanes_into
+from livedisk.jobs.copy import OPERATION, PIECE, STEP, ZERO_STEP, CopyFailed, Lanes, Side, Turns, lanes_into
 from livedisk.jobs.filters import open_filter, put_on, remove_filter, skip_filters, under
 from livedisk.jobs.mirror import Sync
 from livedisk.jobs.states import JobType, Status
@@ -102,7 +103,8 @@ class BackupJob(BlockJob):
         self._source = source
         self._target = target
         self._plan = plan
-        self._lanes = Lanes(min(lanes_into(target), plan.max_workers))
+        self._lanes = Lanes(min(lanes_into(target), plan.max_workers), plan.max_workers)
+        self._turns = Turns()
         self._filter: Node | None = None
         self._frozen_bitmap: DirtyBitmap | None = None
         self._failed: CopyFailed | None = None
@@ -269,8 +271,17 @@ class BackupJob(BlockJob):
             # It was found again before its copy began, or all that is left is under way.
             await self._lanes.change()
             return start
-        self.rate.account(length)
-        await self._lanes.launch(offset, length, self._copy)
+        if length > SMALL and self._lanes.full:
+            await self._turns.give_way(always=True)
+            if self._turns.crowded and self._lanes.full:
+                # The event loop comes back to the copies in threads too seldom to keep them busy: help them.
+                length = min(length, max(SMALL, moment.cluster))
+        if length <= SMALL and not self.paused and self._driver.copy_now(offset, offset + length):
+            self.rate.account(length)
+            await self._turns.give_way()
+        else:
+            self.rate.account(length)
+            await self._lanes.launch(offset, length, self._copy)
         return offset + length
 
     async def _fit(self, offset: int, length: int) -> tuple[int, int]:

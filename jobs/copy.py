@@ -3,7 +3,7 @@
 How one range is moved is `emulator/block/copy.py`'s; here is what jobs add. `copy_range` counts it as in flight on the job's
 backends, so that a drain waits for it.
 
-`Lanes` bounds what is under way, in number and so in memory (`LANES` copies of `STEP` bytes: 16 MiB), and keeps
+`Lanes` bounds what is under way, in bytes and so in memory (`LANES` copies of `STEP` bytes: 16 MiB), and keeps
 overlapping ranges apart: who enters a range waits for those that are in it. A copy that has read old bytes can thus never
 write them over newer ones.
 """
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
+from time import monotonic_ns
 from typing import Final
 
 from livedisk.emulator.block import copy as block_copy
@@ -28,6 +29,12 @@ LANES: Final = 8
 OFFLOADED: Final = 3
 """Copies under way at once where the kernel moves the bytes, one after the other: one is moved, one begins to be written to the
 disk, one is prepared. More would only keep guests off ranges for longer."""
+TURN_NS: Final = 500_000
+"""Nanoseconds of copies made at once before guests get a turn: as long as theirs (`nbd/poller.py`)."""
+LONG_TURN_NS: Final = 2_000_000
+"""If the guests' last turn was longer than that, a turn lasts as long, up to this."""
+CROWDED_NS: Final = 200_000
+"""Nanoseconds of others' work in the event loop from which on it is busy."""
 OPERATION: Final = {Side.SOURCE: IoOperation.READ, Side.TARGET: IoOperation.WRITE}
 """What a job's error event says of a copy that failed on that side."""
 
@@ -53,16 +60,44 @@ def lanes_into(target: Node) -> int:
     return OFFLOADED
 
 
-class Lanes:
-    """Ranges in which somebody works. ``room``: how many copies may be under way; ``bytes``: how many bytes those started by
-    `launch` have under way."""
+class Turns:
+    """Who copies pieces at once (`block.copy.copy_now`) never waits; this lets guests have their turn all the same. ``crowded``:
+    whether guests were busy in the last one."""
 
-    def __init__(self, room: int = LANES) -> None:
+    def __init__(self) -> None:
+        self.crowded = False
+        self._began = 0
+        self._length = TURN_NS
+
+    async def give_way(self, *, always: bool = False) -> None:
+        """After a piece: let guests go on, if they waited long enough, or ``always``."""
+        now = monotonic_ns()
+        if always or now - self._began > self._length:
+            await asyncio.sleep(0)
+            self._began = monotonic_ns()
+            away = self._began - now
+            self.crowded = away > CROWDED_NS
+            self._length = min(max(away, TURN_NS), LONG_TURN_NS)
+
+
+class Lanes:
+    """Ranges in which somebody works. ``room``: how many copies of `STEP` bytes or more may be under way; of smaller ones as
+    many as have these bytes together, up to four times the number and ``most``. ``bytes``: how many those started by `launch`
+    have under way."""
+
+    def __init__(self, room: int = LANES, most: int = 4 * LANES) -> None:
         self.bytes = 0
         self._room = room
+        self._most = most
         self._ranges: list[tuple[int, int]] = []
         self._tasks: set[asyncio.Task[None]] = set()
         self._left = asyncio.Event()
+
+    @property
+    def full(self) -> bool:
+        """Whether `launch` would have to wait."""
+        tasks = len(self._tasks)
+        return tasks >= self._room and (self.bytes >= self._room * STEP or tasks >= min(4 * self._room, self._most))
 
     @property
     def idle(self) -> bool:
@@ -87,7 +122,7 @@ class Lanes:
 
     async def launch(self, offset: int, length: int, work: Callable[[int, int], Awaitable[None]]) -> None:
         """Start ``work(offset, length)`` as soon as there is room. The range must not be `occupied`."""
-        while len(self._tasks) >= self._room:
+        while self.full:
             await self.change()
         self._ranges.append((offset, offset + length))
         self.bytes += length
@@ -127,6 +162,7 @@ __all__ = [
     "CopyFailed",
     "Lanes",
     "Side",
+    "Turns",
     "copy_range",
     "lanes_into",
 ]

@@ -31,6 +31,7 @@ from typing import TYPE_CHECKING, ClassVar, Final
 import msgspec
 
 from livedisk.emulator.block import gate
+from livedisk.emulator.block.copy import SMALL, copy_now
 from livedisk.emulator.block.graph import Graph
 from livedisk.emulator.block.node import Node
 from livedisk.emulator.block.permissions import Perm, Role
@@ -45,7 +46,7 @@ from livedisk.emulator.qmp.context import Context
 from livedisk.jobs.block_job import BlockJob, JobBackend
 from livedisk.jobs.chains import chain, links
 from livedisk.jobs.commands import BlockJobChangeOptionsMirror, MirrorCopyMode, jobs_of
-from livedisk.jobs.copy import LANES, OPERATION, PIECE, STEP, ZERO_STEP, CopyFailed, Lanes, Side, copy_range
+from livedisk.jobs.copy import LANES, OPERATION, PIECE, STEP, ZERO_STEP, CopyFailed, Lanes, Side, Turns, copy_range
 from livedisk.jobs.dirty import DirtyMap
 from livedisk.jobs.filters import insert_filter, remove_filter, skip_filters
 from livedisk.jobs.rate import Pace
@@ -133,6 +134,7 @@ class MirrorJob(BlockJob):
         self._writer: JobBackend
         self._pace = Pace()
         self._failure: OSError | None = None
+        self._turns = Turns()
         self._retry = False
         self._completing = False
         self._moved = False
@@ -276,8 +278,21 @@ class MirrorJob(BlockJob):
             await self._lanes.change()
             return start
         self._dirty.clear(offset, length)
-        await self._lanes.launch(offset, length, self._copy)
+        if length <= SMALL and self._copy_now(offset, length):
+            await self._turns.give_way()
+        else:
+            await self._lanes.launch(offset, length, self._copy)
         return offset + length
+
+    def _copy_now(self, offset: int, length: int) -> bool:
+        """Copy a small run at once, if nothing has to be waited for: what guests dirty comes in such, and a task for each would
+        cost more than the copy. Nobody works in the range."""
+        source, target = self._reader.root, self._writer.root
+        if self.paused or source is None or target is None or not copy_now(source, target, offset, length):
+            return False
+        self.done += length
+        self.rate.account(length)
+        return True
 
     async def _fit(self, offset: int, length: int) -> int:
         """As much of a dirty run as one copy may take: all that is zero, or one step of data; whole granules."""

@@ -26,10 +26,10 @@ from collections.abc import Awaitable
 from typing import Final
 
 from livedisk.emulator.block.extents import COPY_BUFFER, SourceUnreadable, copy_buffer
-from livedisk.emulator.block.node import Edge, Node, is_zero
+from livedisk.emulator.block.node import Edge, Node, is_zero, read_now, write_now
 from livedisk.emulator.block.permissions import Perm
 from livedisk.emulator.block.pins import pinned
-from livedisk.emulator.block.status import BlockStatus, block_status
+from livedisk.emulator.block.status import BlockStatus, block_status, stored_now
 from livedisk.emulator.block.types import ZeroFlags
 
 STEP: Final = COPY_BUFFER
@@ -37,7 +37,7 @@ STEP: Final = COPY_BUFFER
 do it, on every core, while the guest is served."""
 PIECE: Final = 4 << 20
 """Bytes moved from host file to host file at once."""
-SMALL: Final = 256 << 10
+SMALL: Final = 512 << 10
 """Bytes that are copied through memory in any case: where nothing blocks they are through before a thread would have begun,
 and before the guest's next write, so that a mirror catches up with a guest that writes all over the disk."""
 ZERO_STEP: Final = 1 << 30
@@ -84,6 +84,19 @@ async def copy_range(
     copier.detect_zeroes, copier.leave_zeroes, copier.compressed = detect_zeroes, leave_zeroes, compressed
     copier.offloads = copier.offloads and offload and not compressed
     await copier.run(offset, offset + length)
+
+
+def copy_now(source: Edge, target: Edge, offset: int, length: int) -> bool:
+    """`copy_range` of a few bytes of data without awaiting, and so atomic towards the event loop: True; or False, with nothing
+    or a part of it copied, where `copy_range` must do it: more than `SMALL`, zeroes, cold pages, anything that waits or fails."""
+    if length > SMALL or not target.perm & (Perm.WRITE | Perm.WRITE_UNCHANGED):
+        return False
+    if offset + length > source.node.size or offset + length > target.node.size:
+        return False
+    if not stored_now(source.node, offset, length):
+        return False
+    with copy_buffer() as buffer, memoryview(buffer) as whole, whole[:length] as data:
+        return read_now(source.node, offset, data) and write_now(target.node, offset, data)
 
 
 class _Copier:

@@ -17,6 +17,7 @@ import asyncio
 import errno
 import mmap
 import os
+import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Final, ParamSpec, TypeVar
@@ -39,15 +40,20 @@ _ALIGNMENTS: Final = (512, 1024, 2048, 4096)
 
 
 async def in_thread(call: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
-    """Run a blocking call in the I/O threads.
+    """Run a blocking call in the I/O threads; see `run_in`."""
+    global _pool
+    if _pool is None:
+        _pool = ThreadPoolExecutor(THREADS, thread_name_prefix="livedisk-io")
+    return await run_in(_pool, call, *args, **kwargs)
+
+
+async def run_in(pool: ThreadPoolExecutor, call: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
+    """Run a blocking call in a thread of ``pool``.
 
     A cancelled waiter still waits for the call's end before it raises CancelledError: the call works on the caller's
     buffer and descriptor, and both must outlive it.
     """
-    global _pool
-    if _pool is None:
-        _pool = ThreadPoolExecutor(THREADS, thread_name_prefix="livedisk-io")
-    future = asyncio.get_running_loop().run_in_executor(_pool, lambda: call(*args, **kwargs))
+    future = asyncio.get_running_loop().run_in_executor(pool, lambda: call(*args, **kwargs))
     try:
         return await asyncio.shield(future)
     except asyncio.CancelledError:
@@ -65,7 +71,7 @@ class HostFile:
     ``fd``: the descriptor; its number never changes. ``alignment``: smallest offset, length and address in bytes that
     the descriptor takes (1 when buffered). ``inline_flags``: the flags with which ``preadv`` does not block, or None
     where every read may. ``inline_writes``: whether ``pwrite`` only copies to a cache. ``highest``: largest offset
-    written to, exclusive, bytes. ``turn``: held while a copy into the file is under way (`extents.py`).
+    written to, exclusive, bytes. ``turn``: held by the thread that copies into the file (`extents.py`).
     """
 
     __slots__ = ("alignment", "fd", "highest", "inline_flags", "inline_writes", "path", "turn")
@@ -74,7 +80,7 @@ class HostFile:
         self.fd = fd
         self.path = path
         self.highest = 0
-        self.turn = asyncio.Lock()
+        self.turn = threading.Lock()
         self._describe(alignment)
 
     def _describe(self, alignment: int) -> None:

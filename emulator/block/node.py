@@ -585,6 +585,54 @@ def _read_data_now(segment: Segment, part: memoryview) -> bool:
         return False
 
 
+def write_now(node: Node, offset: int, data: memoryview) -> bool:
+    """`Node.write` without awaiting, and so atomic towards the event loop: True; or False, with nothing or a part of it written,
+    where `write` must do it (again): allocations that must wait, filters that have their say, a file that grows, errors."""
+    if (
+        node.read_only
+        or node.detect_zeroes is not DetectZeroes.OFF
+        or (offset | len(data)) % node.driver.request_alignment
+    ):
+        return False
+    if offset + len(data) > node.size or (node.busy and node.overlapped(offset, len(data))):
+        return False
+    position, end = 0, len(data)
+    while position < end:
+        at = offset + position
+        try:
+            segment = node.driver.map(at, end - position)
+        except NotMapped:
+            return False
+        part = data[position : position + segment.length]
+        if segment.kind is Kind.DATA and segment.in_place:
+            done = _write_in_place_now(segment, part)
+        else:
+            part = data[position:]
+            try:
+                done = node.driver.write_now(at, part)
+            except OSError:
+                return False
+        if not done:
+            return False
+        position += len(part)
+    node.written(offset, end)
+    return True
+
+
+def _write_in_place_now(segment: Segment, part: memoryview) -> bool:
+    source = segment.source
+    if isinstance(source, Edge):
+        return bool(source.perm & (Perm.WRITE | Perm.WRITE_UNCHANGED)) and write_now(source.node, segment.offset, part)
+    assert source is not None
+    if not source.inline_writes:
+        return False
+    try:
+        source.write_blocking(segment.offset, part)
+    except OSError:
+        return False
+    return True
+
+
 def fill_zeroes(view: memoryview) -> None:
     """Zero a byte view in place."""
     for start in range(0, len(view), len(ZERO_CHUNK)):
@@ -610,4 +658,15 @@ def io_error(number: int, what: str) -> OSError:
     return OSError(number, f"{os.strerror(number)}: {what}")
 
 
-__all__ = ["DirtyTracker", "Edge", "InFlight", "Node", "Parent", "fill_zeroes", "io_error", "is_zero", "read_now"]
+__all__ = [
+    "DirtyTracker",
+    "Edge",
+    "InFlight",
+    "Node",
+    "Parent",
+    "fill_zeroes",
+    "io_error",
+    "is_zero",
+    "read_now",
+    "write_now",
+]

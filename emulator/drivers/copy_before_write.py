@@ -38,14 +38,14 @@ from typing import Annotated, Final, Protocol
 import msgspec
 
 from livedisk.emulator.block.bitmaps import DirtyBitmap
-from livedisk.emulator.block.copy import STEP, CopyFailed, copy_range, run_at
+from livedisk.emulator.block.copy import STEP, CopyFailed, copy_now, copy_range, run_at
 from livedisk.emulator.block.driver import Driver, register
-from livedisk.emulator.block.node import Edge, Node
+from livedisk.emulator.block.node import Edge, Node, write_now
 from livedisk.emulator.block.options import BlockdevOptions, BlockdevRef, Size
 from livedisk.emulator.block.permissions import Perm, Role, filter_perms
 from livedisk.emulator.block.point_in_time import Held, PointInTime
 from livedisk.emulator.block.status import allocation_depth
-from livedisk.emulator.block.types import DetectZeroes, HostOffset, Kind, Preallocation, Segment, ZeroFlags
+from livedisk.emulator.block.types import HostOffset, Kind, Preallocation, Segment, ZeroFlags
 from livedisk.emulator.errors import BlockError
 
 log = logging.getLogger(__name__)
@@ -193,18 +193,12 @@ class CopyBeforeWrite(Driver):
         await self._edge.write(offset, data)
 
     def write_now(self, offset: int, data: memoryview) -> bool:
-        below = self._edge.node
-        if below.read_only or below.detect_zeroes is not DetectZeroes.OFF or not self._free(offset, len(data)):
+        if not self._edge.perm & Perm.WRITE or not self.copy_now(*self.moment.align(offset, len(data))):
             return False
-        if below.busy and below.overlapped(offset, len(data)):
+        if not self.moment.passes(offset, len(data)):
             return False
-        if not below.driver.write_now(offset, data):
-            return False
-        below.written(offset, len(data))
-        return True
-
-    def _free(self, offset: int, length: int) -> bool:
-        return self.moment.touched(offset, length) and self.moment.passes(offset, length)
+        self.moment.touch(offset, len(data))
+        return write_now(self._edge.node, offset, data)
 
     async def write_zeroes(self, offset: int, length: int, flags: ZeroFlags) -> None:
         await self._before_change(offset, length)
@@ -255,6 +249,18 @@ class CopyBeforeWrite(Driver):
             await moment.thawed(start, end)
         else:
             moment.touch(offset, length)
+
+    def copy_now(self, start: int, end: int) -> bool:
+        """Copy what is dirty in the clusters of a range at once: a task, and a place among those that wait, would cost more than
+        the copy of a few clusters. False: `copy` must do some of it."""
+        moment = self.moment
+        while moment.broken is None and (found := moment.next_dirty(start, end, GUEST_STEP)) is not None:
+            if self.compressed or self.discard_source or self.base is not None or self._is_fleecing():
+                return False
+            if not copy_now(self._edge, self._target, *found):
+                return False
+            self._copied(moment.take(*found))
+        return True
 
     def _break_off(self, error: OSError) -> None:
         if self.moment.broken is None:
@@ -312,10 +318,14 @@ class CopyBeforeWrite(Driver):
         except BaseException:
             moment.failed(held)
             raise
-        start, end = held.start, -(-held.end // moment.cluster) * moment.cluster
-        moment.copied(held)
+        self._copied(held)
+
+    def _copied(self, held: Held) -> None:
+        """The target has it."""
+        cluster = self.moment.cluster
+        self.moment.copied(held)
         if self.watcher is not None:
-            self.watcher.copied(end - start)
+            self.watcher.copied(-(-held.end // cluster) * cluster - held.start)
 
     async def _move(self, held: Held) -> None:
         offset, length = held.start, held.length

@@ -55,6 +55,8 @@ if TYPE_CHECKING:
     from livedisk.emulator.block.node import Node
 
 _WRITERS: Final = Perm.WRITE | Perm.WRITE_UNCHANGED | Perm.RESIZE
+NO_RUN: Final = (0, 0)
+"""No bytes are known to be stored."""
 _UNSUPPORTED: Final = (errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENODEV, errno.ENOSYS, errno.ENOTTY)
 """A file system or device says in one of these ways that it has no such operation."""
 
@@ -112,6 +114,7 @@ class FileDriver(Driver):
         self._lacks_punch_hole = False
         self._discards = {"discard-nb-ok": 0, "discard-nb-failed": 0, "discard-bytes-ok": 0}
         self._lacks_fallocate = False
+        self._stored = NO_RUN
 
     # -- making files ------------------------------------------------------------------------------------------------
     @classmethod
@@ -212,6 +215,7 @@ class FileDriver(Driver):
         self.measure_again()
 
     def measure_again(self) -> None:
+        self._stored = NO_RUN
         self._size = whole_sectors(self._measure())
 
     # -- where -------------------------------------------------------------------------------------------------------
@@ -227,12 +231,19 @@ class FileDriver(Driver):
         return Segment(Kind.DATA, length, self.host, HostOffset(offset), True)
 
     def data_run(self, offset: int, length: int) -> tuple[bool, int]:
+        start, end = self._stored
+        if start <= offset < end:
+            return True, min(length, end - offset)
         fd = self.host.fd
         try:
             data = os.lseek(fd, offset, os.SEEK_DATA)
             if data > offset:
                 return False, min(length, data - offset)
-            return True, min(length, whole_sectors(os.lseek(fd, offset, os.SEEK_HOLE)) - offset)
+            end = whole_sectors(os.lseek(fd, offset, os.SEEK_HOLE))
+            # The search for a hole walks over all data before it, page by page on tmpfs: what it found is kept until
+            # something may make a hole.
+            self._stored = offset, end
+            return True, min(length, end - offset)
         except OSError as error:
             if error.errno == errno.ENXIO:
                 return False, length  # the trailing hole, or past the end of the file
@@ -259,7 +270,10 @@ class FileDriver(Driver):
             self._size = whole_sectors(end)
 
     async def write_zeroes(self, offset: int, length: int, flags: ZeroFlags) -> None:
-        await in_thread(self._zero_blocking, offset, length, flags)
+        try:
+            await in_thread(self._zero_blocking, offset, length, flags)
+        finally:
+            self._stored = NO_RUN
         self.host.highest = max(self.host.highest, offset + length)
         self.grown(offset + length)
 
@@ -307,6 +321,7 @@ class FileDriver(Driver):
         try:
             done = await in_thread(self._try_punch, offset, length)
         finally:
+            self._stored = NO_RUN
             self._count_discard(length, done=done)
 
     def _count_discard(self, length: int, *, done: bool) -> None:
@@ -342,7 +357,10 @@ class FileDriver(Driver):
 
     # -- size --------------------------------------------------------------------------------------------------------
     async def truncate(self, size: int, *, exact: bool, prealloc: Preallocation) -> None:
-        await in_thread(self._truncate_blocking, size, prealloc)
+        try:
+            await in_thread(self._truncate_blocking, size, prealloc)
+        finally:
+            self._stored = NO_RUN
         self._size = whole_sectors(size)
 
     def _truncate_blocking(self, size: int, prealloc: Preallocation) -> None:

@@ -18,7 +18,7 @@ from kit.memory_disk import MemoryDriver
 from kit.qcow2_disk import VARIANTS
 from kit.qemu import check, create, info, measure_map, qemu_img, qemu_io
 from livedisk.emulator.block.backend import BlockBackend
-from livedisk.emulator.block.copy import CopyFailed, Side, copy_range
+from livedisk.emulator.block.copy import SMALL, CopyFailed, Side, copy_now, copy_range
 from livedisk.emulator.block.permissions import Perm
 from livedisk.emulator.block.types import ZeroFlags
 
@@ -139,6 +139,71 @@ def test_the_target_reads_as_the_source_in_the_range_and_as_before_around_it(
         check(tmp_path / "target.qcow2")
         qemu_img("convert", "-f", "qcow2", "-O", "raw", tmp_path / "target.qcow2", tmp_path / "read")
         assert os.path.getsize(tmp_path / "read") == SIZE
+
+
+@pytest.mark.parametrize("kind", SOURCES)
+@pytest.mark.parametrize("variant", TARGETS)
+def test_what_is_copied_at_once_is_whole_and_the_rest_is_left_for_later(
+    kind: str, variant: str, tmp_path: Path
+) -> None:
+    chance = random.Random(f"{variant} {kind}")
+    target = raw_target(tmp_path, "") if variant == "raw" else qcow2_target(tmp_path, VARIANTS[variant])
+    at_once = 0
+
+    async def act() -> None:
+        nonlocal at_once
+        async with two_disks(SOURCES[kind](tmp_path), target) as (source, copied):
+            wanted, model = await read(source, 0, SIZE), bytearray(await read(copied, 0, SIZE))
+            assert source.root is not None
+            assert copied.root is not None
+            for _ in range(60):
+                start = chance.randrange(SIZE // 512) * 512
+                length = min(chance.randrange(1, 1 << chance.randrange(9, 18)) // 512 * 512 or 512, SIZE - start)
+                if copy_now(source.root, copied.root, start, length):
+                    at_once += 1
+                else:
+                    await copy(source, copied, start, length)
+                model[start : start + length] = wanted[start : start + length]
+                assert await read(copied, 0, SIZE) == model
+            await copied.flush()
+
+    asyncio.run(act())
+    if variant != "raw":
+        check(tmp_path / "target.qcow2")
+    if kind == "memory":
+        assert not at_once, "nothing is known of where its bytes are"
+    elif variant in ("raw", "default"):
+        assert at_once
+
+
+def test_zeroes_holes_and_long_ranges_are_not_copied_at_once(tmp_path: Path) -> None:
+    async def act() -> None:
+        async with two_disks(raw_source(tmp_path), raw_target(tmp_path, "")) as (source, copied):
+            assert source.root is not None
+            assert copied.root is not None
+            assert copy_now(source.root, copied.root, 1 << 20, SMALL)
+            assert not copy_now(source.root, copied.root, 1 << 20, SMALL + 512)
+            assert not copy_now(source.root, copied.root, 512 << 10, 4096), "a hole is to stay one"
+            assert not copy_now(source.root, copied.root, (1 << 20) - 4096, 8192), "half of it is a hole"
+            assert not copy_now(source.root, copied.root, SIZE - 512, 1024), "past the end"
+            assert not copy_now(copied.root, source.root, 1 << 20, 4096), "no permission to write"
+
+    asyncio.run(act())
+
+
+def test_a_range_in_use_is_not_copied_at_once(tmp_path: Path) -> None:
+    async def act() -> None:
+        async with two_disks(raw_source(tmp_path), raw_target(tmp_path, "")) as (source, copied):
+            assert source.root is not None
+            assert copied.root is not None
+            async with copied.node.exclusive(1 << 20, 4096):
+                assert not copy_now(source.root, copied.root, 1 << 20, 4096), "somebody works on it in the target"
+                assert copy_now(source.root, copied.root, (1 << 20) + 4096, 4096)
+            async with source.node.exclusive(1 << 20, 4096):
+                assert not copy_now(source.root, copied.root, 1 << 20, 4096), "somebody changes it in the source"
+            assert copy_now(source.root, copied.root, 1 << 20, 4096)
+
+    asyncio.run(act())
 
 
 @pytest.mark.parametrize("kind", SOURCES)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import random
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from contract.disks import opened
 from kit.qemu import create, measure_map, qemu_io
 from livedisk.emulator.block.node import Node
 from livedisk.emulator.block.permissions import Perm
-from livedisk.emulator.block.status import Status, allocation_depth, block_status
+from livedisk.emulator.block.status import Status, allocation_depth, block_status, stored_now
 
 SIZE = 4 << 20
 
@@ -107,3 +108,28 @@ def test_depth_and_base(tmp_path: Path) -> None:
             assert (await block_status(node, node.size - 4096, 4096)).flags & Status.EOF
 
     asyncio.run(run())
+
+
+@pytest.mark.parametrize("make", [raw_with_holes, chain])
+def test_what_is_stored_is_told_without_waiting(tmp_path: Path, make: Any) -> None:
+    chance = random.Random(make.__name__)
+
+    async def act() -> None:
+        async with opened(options_of(make(tmp_path)), Perm.CONSISTENT_READ) as backend:
+            node = backend.node
+            assert make is raw_with_holes or not stored_now(node, 0, 4096), "metadata must be read first"
+            await our_map(node)
+            found = set()
+            for _ in range(300):
+                offset = chance.randrange(node.size // 512) * 512
+                length = min(512 << chance.randrange(10), node.size - offset)
+                wanted, position = True, offset
+                while position < offset + length:
+                    status = await block_status(node, position, offset + length - position)
+                    plain = status.flags & (Status.DATA | Status.ZERO | Status.COMPRESSED) == Status.DATA
+                    wanted, position = wanted and plain, position + status.length
+                assert stored_now(node, offset, length) is wanted
+                found.add(wanted)
+            assert found == {False, True}
+
+    asyncio.run(act())

@@ -18,6 +18,7 @@ from livedisk.emulator.block.backend import BlockBackend
 from livedisk.emulator.block.flatmap import MISS
 from livedisk.emulator.block.permissions import Perm
 from livedisk.emulator.block.reopen import reopen
+from livedisk.emulator.block.status import block_status
 from livedisk.emulator.block.transaction import Transaction
 from livedisk.emulator.block.types import Preallocation, ZeroFlags
 from livedisk.emulator.drivers.file import FileDriver
@@ -337,6 +338,34 @@ def test_unmapping_zeroes_and_discard_free_space(folder: Path) -> None:
             assert await disk.node.driver.allocated_size() == full - (256 << 10)
             await disk.discard(512 << 10, 256 << 10)
             assert await disk.node.driver.allocated_size() == full - (512 << 10)
+
+    asyncio.run(run())
+
+
+def test_a_hole_is_looked_for_once_and_again_when_there_may_be_one(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = 0
+    search = os.lseek
+
+    def counted(fd: int, offset: int, whence: int) -> int:
+        nonlocal asked
+        asked += 1
+        return search(fd, offset, whence)
+
+    monkeypatch.setattr(os, "lseek", counted)
+
+    async def run() -> None:
+        async with opened({"driver": "file", "filename": "disk.raw", "discard": "unmap"}) as disk:
+            for offset in range(0, 1 << 20, 64 << 10):
+                assert (await block_status(disk.node, offset, 64 << 10)).data
+            assert asked == 2, "one for data, one for the hole behind it"
+            await disk.discard(256 << 10, 64 << 10)
+            assert not (await block_status(disk.node, 256 << 10, 64 << 10)).data
+            await disk.write_zeroes(512 << 10, 64 << 10, ZeroFlags.MAY_UNMAP)
+            assert not (await block_status(disk.node, 512 << 10, 64 << 10)).data
+            await disk.write(256 << 10, memoryview(bytes(64 << 10)))
+            assert (await block_status(disk.node, 256 << 10, 64 << 10)).data
 
     asyncio.run(run())
 
