@@ -41,8 +41,9 @@ class Result:
     """All samples of one call.
 
     ``load`` is the machine's load average before the first run. ``samples`` maps workload and server to one figure a
-    run, in the workload's unit. ``greeting`` maps server to seconds from the start of the process to its QMP
-    greeting, ``idle`` to resident bytes after that, ``peak`` to the highest resident bytes of any run.
+    run, in the workload's unit; ``client`` to the share of one core that fio used in it (0 to 1). ``greeting`` maps
+    server to seconds from the start of the process to its QMP greeting, ``idle`` to resident bytes after that, ``peak``
+    to the highest resident bytes of any run.
     """
 
     plan: Plan
@@ -54,12 +55,18 @@ class Result:
     load: float
     samples: dict[str, dict[str, list[float]]] = field(default_factory=dict)
     first: dict[str, dict[str, list[float]]] = field(default_factory=dict)
+    client: dict[str, dict[str, list[float]]] = field(default_factory=dict)
     greeting: dict[str, list[float]] = field(default_factory=dict)
     idle: dict[str, list[float]] = field(default_factory=dict)
     peak: dict[str, float] = field(default_factory=dict)
 
     def median(self, workload: str, server: str) -> float | None:
         values = self.samples.get(workload, {}).get(server)
+        return statistics.median(values) if values else None
+
+    def client_busy(self, workload: str) -> float | None:
+        """The share of one core that fio used beside livedisk: near 1, no server can be faster for this client."""
+        values = self.client.get(workload, {}).get("livedisk")
         return statistics.median(values) if values else None
 
     def ratio(self, workload: str, peer: str) -> float | None:
@@ -115,6 +122,7 @@ class Result:
                         "title": workload.title,
                         "unit": workload.unit,
                         "samples": self.samples.get(workload.name, {}),
+                        "client_busy": self.client.get(workload.name, {}),
                         "first_pass_seconds": self.first.get(workload.name, {}),
                         "targets": dict(workload.targets),
                         "ratios": {peer: self.ratio(workload.name, peer) for peer in workload.targets},
@@ -154,9 +162,10 @@ def measure(servers: list[type[Server]], workloads: list[Workload], plan: Plan, 
             images.warm(workload.disk)
             with server(files) as running:
                 first = touch_all(running.uri, plan)
-                figure = run_load(running.uri, workload, plan)
+                figure, busy = run_load(running.uri, workload, plan)
                 result.peak[server.name] = max(result.peak.get(server.name, 0), running.memory("VmHWM"))
             result.samples.setdefault(workload.name, {}).setdefault(server.name, []).append(figure)
+            result.client.setdefault(workload.name, {}).setdefault(server.name, []).append(busy)
             result.first.setdefault(workload.name, {}).setdefault(server.name, []).append(first)
     return result
 
@@ -191,8 +200,8 @@ def touch_all(uri: str, plan: Plan) -> float:
     return float(job["read"]["runtime"]) / 1000
 
 
-def run_load(uri: str, workload: Workload, plan: Plan) -> float:
-    """One run; returns IOPS or MB/s, summed over all connections."""
+def run_load(uri: str, workload: Workload, plan: Plan) -> tuple[float, float]:
+    """One run; returns IOPS or MB/s, summed over all connections, and the share of one core that fio used for each."""
     job = fio(
         {
             "uri": uri,
@@ -210,7 +219,8 @@ def run_load(uri: str, workload: Workload, plan: Plan) -> float:
         "--randrepeat=0",
     )
     side = job["write" if workload.writes else "read"]
-    return float(side["iops"]) if workload.unit == "IOPS" else float(side["bw_bytes"]) / 1e6
+    busy = (float(job["usr_cpu"]) + float(job["sys_cpu"])) / 100
+    return (float(side["iops"]) if workload.unit == "IOPS" else float(side["bw_bytes"]) / 1e6), busy
 
 
 def fio(settings: dict[str, Any], *flags: str) -> Any:

@@ -87,15 +87,19 @@ def markdown(result: Result) -> str:
         "nbdkit file",
         "ratio to qemu-storage-daemon",
         "ratio to nbdkit",
+        "fio's core",
     ]
-    lines = [_cells(head), "|---|--:|--:|--:|--:|--:|"]
+    lines = [_cells(head), "|---|--:|--:|--:|--:|--:|--:|"]
     for workload in result.workloads:
         figures = [_figure(result, workload, server) for server in ("livedisk", "qemu-storage-daemon", "nbdkit")]
         ratios = [
             ratio(result.ratio(workload.name, peer), workload.targets.get(peer))
             for peer in ("qemu-storage-daemon", "nbdkit")
         ]
-        lines.append(_cells([workload.title, *figures, *ratios]))
+        busy = result.client_busy(workload.name)
+        lines.append(
+            _cells([workload.title, *figures, *ratios, "–" if busy is None else f"{busy:.0%}".replace("%", " %")])
+        )
     lines += ["", *(f"{line}  " for line in _startup(result) + _against(result))]
     lines.append(
         f"{result.date}; {result.machine}; qemu-storage-daemon with aio={result.aio}; "
