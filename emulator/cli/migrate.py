@@ -13,13 +13,14 @@ from collections.abc import Callable
 from contextlib import AsyncExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 import click
 
 from livedisk.emulator.cli import migrate_prepare as prepare
 from livedisk.emulator.cli.migrate_follow import Follower
 from livedisk.emulator.cli.migrate_plan import End, Plan, Refused, make_plan
+from livedisk.emulator.cli.rate import Rate
 from livedisk.emulator.errors import LiveDiskError
 from livedisk.emulator.qmp.client import ConnectionLost, QmpClient
 
@@ -49,22 +50,6 @@ Exit status:
   2  the command line could not be understood
   3  it may be on neither side running; standard error says what to look at
 """
-
-_UNITS: Final = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
-
-
-class _Rate(click.ParamType[int]):
-    """Bytes a second, with an optional unit."""
-
-    name = "rate"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
-        if isinstance(value, int):
-            return value
-        digits, unit = (value[:-1], _UNITS[value[-1].upper()]) if value[-1:].upper() in _UNITS else (value, 1)
-        if not digits.isdigit() or int(digits) == 0:
-            self.fail(f"'{value}' is no rate: bytes a second, as 500K, 100M or 1G", param, ctx)
-        return int(digits) * unit
 
 
 @dataclass(frozen=True)
@@ -99,7 +84,7 @@ class Order:
     help="How long the guest may be held.",
 )
 @click.option(
-    "--bandwidth", default=0, type=_Rate(), metavar="N", help="Bytes a second at most, all disks together: 100M."
+    "--bandwidth", default=0, type=Rate(), metavar="N", help="Bytes a second at most, all disks together: 100M."
 )
 @click.option("--shallow", is_flag=True, help="Copy the active images only; the destination has the backing files.")
 @click.option(

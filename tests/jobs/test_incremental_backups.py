@@ -380,6 +380,7 @@ class Story:
                 granularity = old.granularity
                 first = {"type": "block-dirty-bitmap-clear", "data": {"node": "disk", "name": CHAIN}}
             backup = {"job-id": "j", "device": "disk", "target": "target", "sync": "full", "speed": speed}
+            backup["auto-finalize"] = fate != "kill"
             self.qmp.events.clear()
             self.qmp.execute("transaction", actions=[first, {"type": "blockdev-backup", "data": backup}])
             moment = bytes(self.history.now)
@@ -416,6 +417,7 @@ class Story:
                 sync="bitmap",
                 bitmap=CHAIN,
                 bitmap_mode=mode,
+                auto_finalize=fate != "kill",  # else nobody knows whether it had ended well just before
             )
             since = Bitmap(bitmap.granularity, True, moment)
             self.bitmaps[CHAIN] = since  # records from here on; put together with what was before below

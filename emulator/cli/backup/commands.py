@@ -16,12 +16,13 @@ import msgspec
 
 from livedisk.emulator.cli.backup import manifest as folder_of
 from livedisk.emulator.cli.backup import take as taking
-from livedisk.emulator.cli.backup.manifest import BackupError, Checkpoint, Kind
+from livedisk.emulator.cli.backup.manifest import BackupError, Checkpoint, Image, Kind
 from livedisk.emulator.cli.backup.moment import Moment, held, scratch_folder
 from livedisk.emulator.cli.backup.report import Silent, TerminalBars, columns
 from livedisk.emulator.cli.backup.source import find_disks
 from livedisk.emulator.cli.backup.take import Order, Plan
 from livedisk.emulator.cli.figures import human_bytes
+from livedisk.emulator.cli.rate import Rate
 from livedisk.emulator.errors import LiveDiskError
 from livedisk.emulator.qmp.client import QmpClient
 
@@ -122,7 +123,7 @@ def _taking(kind: Kind, text: str) -> None:
     @_FOLDER
     @_DISKS
     @click.option(
-        "--bandwidth", default=0, type=click.IntRange(0), metavar="N", help="Bytes a second and disk; 0: no limit."
+        "--bandwidth", default=0, type=Rate(), metavar="N", help="Bytes a second and disk, as 100M; 0: no limit."
     )
     @click.option("--compress", is_flag=True, help="Store data compressed.")
     @click.option(
@@ -188,7 +189,7 @@ def _tell_checkpoint(checkpoint: Checkpoint, *, as_json: bool) -> None:
         _print_json(checkpoint)
         return
     for name, image in checkpoint.images.items():
-        took = f"{human_bytes(image.copied)} in {image.seconds:.1f} s"
+        took = f"{human_bytes(image.file_size)} in {image.seconds:.1f} s"
         click.echo(f"checkpoint {checkpoint.number}: {name}: {image.kind} ({image.reason}): {image.file}, {took}")
         if not image.persistent:
             click.echo(f"note: {name}: its image keeps no bitmaps, so tracking ends with the emulator", err=True)
@@ -232,7 +233,7 @@ def list_command(folder: Path, as_json: bool) -> None:
 @_DISKS
 @click.option("--checkpoint", "number", type=int, metavar="N", help="A checkpoint's number. Default: all.")
 @click.option(
-    "--against", metavar="SOCKET", help="Compare the newest checkpoint with the disks of the emulator at this monitor."
+    "--against", metavar="SOCKET", help="Compare the newest checkpoints with the disks of the emulator at this monitor."
 )
 @_NBD
 @_SCRATCH
@@ -250,7 +251,8 @@ def verify_command(
 ) -> None:
     """Check that the files in FOLDER are those that were written and form whole chains.
 
-    With --against also compare the newest checkpoint with the live disks, wherever the guest wrote nothing since.
+    With --against also compare the newest checkpoint of each disk with the live disk, wherever the guest wrote nothing
+    since.
     """
 
     async def work() -> int:
@@ -264,7 +266,7 @@ def verify_command(
                 raise BackupError(f"{folder} holds no checkpoint of {', '.join(disks) or 'any disk'}")
             findings = await verify_files(folder, manifest, images, bars)
             if against is not None and not findings.problems:
-                newest = _chosen(manifest.find(None), disks)
+                newest = _newest(manifest, disks)
                 async with await QmpClient.connect(against, timeout=timeout) as qmp:
                     with scratch_folder(scratch) as place:
                         server = str(nbd_socket.resolve()) if nbd_socket is not None else str(place / "nbd")
@@ -287,7 +289,12 @@ def verify_command(
     _run(work)
 
 
-def _chosen(checkpoint: Checkpoint, disks: tuple[str, ...]) -> dict[str, Any]:
+def _newest(manifest: folder_of.Manifest, disks: tuple[str, ...]) -> dict[str, Image]:
+    """The newest image of each disk, which need not be of the newest checkpoint: that may have been of another disk."""
+    return {name: image for one in manifest.checkpoints for name, image in _chosen(one, disks).items()}
+
+
+def _chosen(checkpoint: Checkpoint, disks: tuple[str, ...]) -> dict[str, Image]:
     return {name: image for name, image in checkpoint.images.items() if not disks or name in disks}
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -45,6 +45,17 @@ async def find_disks(qmp: QmpClient, names: Sequence[str]) -> list[Disk]:
                 raise BackupError(f"the emulator has no disk or node '{name}'; it has: {known}")
             chosen[name] = node
     return [_disk(name, nodes[node]) for name, node in chosen.items()]
+
+
+async def places_of(qmp: QmpClient, bitmaps: Collection[str]) -> list[tuple[str, str]]:
+    """Where bitmaps of these names are: node and name."""
+    nodes = await qmp.execute("query-named-block-nodes", flat=True)
+    return [
+        (info["node-name"], bitmap["name"])
+        for info in nodes
+        for bitmap in info.get("dirty-bitmaps", [])
+        if bitmap.get("name") in bitmaps
+    ]
 
 
 async def _devices(qmp: QmpClient) -> dict[str, str]:

@@ -18,7 +18,7 @@ from typing import Any
 from livedisk.emulator.cli.backup import manifest as folder_of
 from livedisk.emulator.cli.backup.manifest import BackupError, Checkpoint, Image, Kind, Manifest, Pending
 from livedisk.emulator.cli.backup.report import Bars
-from livedisk.emulator.cli.backup.source import Disk, create_image, end_job, find_disks, finish_jobs, quietly
+from livedisk.emulator.cli.backup.source import Disk, create_image, end_job, find_disks, finish_jobs, places_of, quietly
 from livedisk.emulator.qmp.client import ConnectionLost, QmpClient, QmpError
 
 
@@ -65,7 +65,7 @@ def make_plans(folder: Path, manifest: Manifest, disks: Sequence[Disk], kind: Ki
                 reason or f"changes since checkpoint file {_known(latest).file}",
                 f"{_file_name(disk.name)}.{number:04}.qcow2",
                 None if full else latest,
-                f"{manifest.prefix}{number}",
+                f"{manifest.prefix}{disk.name}-{number}",
                 expected,
                 _expected_seconds(manifest, disk.name, expected),
             )
@@ -89,9 +89,11 @@ def _why_full(folder: Path, manifest: Manifest, disk: Disk, latest: Image | None
     """Why an increment is not possible, or None. Raises BackupError where waiting would help."""
     if latest is None:
         return "the first backup of this disk"
-    if disk.node != latest.node:
-        return f"the disk is on node '{disk.node}' now, and '{latest.node}' was tracked (a snapshot was taken?)"
+    # A bitmap's name is this folder's, disk's and checkpoint's alone: on whatever node the disk is now, it came along, and disks
+    # whose images were exchanged are noticed. Nodes' names may be made up anew whenever the emulator starts.
     bitmap = disk.bitmaps.get(latest.bitmap)
+    if bitmap is None and disk.node != latest.node and not (disk.node[0] == latest.node[0] == "#"):
+        return f"the disk is on node '{disk.node}' now, and '{latest.node}' was tracked (a snapshot was taken?)"
     if bitmap is None:
         kept = "" if latest.persistent else " (its format does not keep bitmaps when the emulator ends)"
         return f"tracking was lost: bitmap '{latest.bitmap}' is not on node '{disk.node}' any more{kept}"
@@ -266,7 +268,8 @@ async def clear_away(qmp: QmpClient, folder: Path, manifest: Manifest) -> None:
         await end_job(qmp, job)
     for node in pending.nodes:
         await quietly(qmp, "blockdev-del", node_name=node)
-    for node, bitmap in pending.bitmaps:
+    # Not where they were: nodes' names may be made up anew whenever the emulator starts.
+    for node, bitmap in await places_of(qmp, {bitmap for _, bitmap in pending.bitmaps}):
         await quietly(qmp, "block-dirty-bitmap-remove", node=node, name=bitmap)
     for file in pending.files:
         (folder / file).unlink(missing_ok=True)

@@ -83,8 +83,8 @@ async def _check_structure(folder: Path, image: Image) -> None:
 async def verify_live(
     qmp: QmpClient, folder: Path, images: dict[str, Image], server: str, scratch: Path, bars: Bars, *, running: bool
 ) -> Findings:
-    """Compare the newest images of these disks with the disks. Raises BackupError, QmpError, ConnectionLost, OSError."""
-    disks = {name: (await find_disks(qmp, [image.node]))[0] for name, image in images.items()}
+    """Compare the newest image of each of these disks with the disk. Raises BackupError, QmpError, ConnectionLost, OSError."""
+    disks = {name: (await find_disks(qmp, [name]))[0] for name in images}
     for name, disk in disks.items():
         bitmap = disk.bitmaps.get(images[name].bitmap)
         if bitmap is None or bitmap.get("inconsistent") or not bitmap.get("recording"):

@@ -222,6 +222,72 @@ def test_a_raw_disk_is_told_that_tracking_ends_with_the_emulator(short_path: Pat
         daemon.stop()
 
 
+class Drives(Site):
+    """The same with ``-drive``, whose nodes have made-up names, new ones at every start."""
+
+    def start(self, *more: str) -> None:
+        options = list(more)
+        for n, image in enumerate(self.images):
+            options += ["-drive", f"file={image},format=qcow2,id=disk{n},if=none"]
+            options += ["-device", f"virtio-blk-pci,drive=disk{n},share-rw=on"]
+        self.daemon = self.kind(self.short, *options)
+        with self.daemon.qmp() as qmp:
+            for n in range(2):
+                qmp.execute("nbd-server-add", device=f"disk{n}", name=f"disk{n}", writable=True)
+
+    def nodes(self) -> dict[str, list[str]]:
+        """Bitmaps of the images' nodes."""
+        with self.daemon.qmp() as qmp:
+            nodes = qmp.execute("query-named-block-nodes", flat=True)
+        return {
+            node["node-name"]: [one["name"] for one in node.get("dirty-bitmaps", [])]
+            for node in nodes
+            if node["drv"] == "qcow2"
+        }
+
+
+def test_disks_whose_nodes_have_other_names_after_a_restart_are_tracked_on(short_path: Path, tmp_path: Path) -> None:
+    site = Drives(Daemon, short_path, tmp_path)
+    site.write(0, "write -P 1 0 4M")
+    site.take("full")
+    before = site.nodes().keys()
+    site.write(0, "write -P 2 1M 128k")
+    site.daemon.kill()
+    # A run that was killed together with the emulator: what it left goes, wherever it is now.
+    manifest = site.manifest()
+    number = manifest["checkpoints"][0]["images"]["disk0"]["bitmap"]
+    left = f"{number.rpartition('-')[0]}-2"
+    assert number.endswith("-disk0-1")
+    node = next(iter(before))
+    manifest["pending"] = {"files": [], "jobs": [], "nodes": [], "bitmaps": [[node, left]]}
+    (site.folder / "manifest.json").write_text(json.dumps(manifest))
+    site.start()
+    assert not before & site.nodes().keys()
+    with site.daemon.qmp() as qmp:
+        qmp.execute("block-dirty-bitmap-add", node="disk0", name=left)
+    told = site.take("incremental")
+    assert told.count(": incremental (changes since") == 2
+    assert site.restored(0, 2) == site.content(0)
+    assert [len(names) for names in site.nodes().values()] == [1, 1]
+    site.backup("incremental", str(site.daemon.qmp_socket), str(site.folder), "--disk", "disk1")
+    with site.daemon.qmp() as qmp:
+        qmp.execute("nbd-server-stop")
+    told = site.backup("verify", str(site.folder), "--against", str(site.daemon.qmp_socket))
+    assert re.search(r"live disks: 16\.0 MiB the same", told), "each disk at its own newest checkpoint"
+    site.daemon.stop()
+
+
+def test_disks_whose_images_were_exchanged_are_not_taken_for_each_other(ours: Site) -> None:
+    ours.write(0, "write -P 1 0 4M")
+    ours.take("full")
+    ours.daemon.stop()
+    ours.images.reverse()
+    ours.start()
+    told = ours.take("incremental")
+    assert told.count(": full (tracking was lost: bitmap") == 2
+    assert ours.restored(0, 2) == ours.content(0)
+
+
 def test_a_dry_run_changes_nothing(ours: Site) -> None:
     assert "disk0: full into disk0.0001.qcow2, at most" in ours.take("full", "--dry-run")
     assert not ours.folder.exists()
