@@ -184,13 +184,13 @@ def test_damaged_files_are_found_and_not_restored(damage: str, ours: Site) -> No
 def test_an_increment_that_cannot_be_is_a_full_backup_with_its_reason(ours: Site) -> None:
     told = ours.take("incremental")
     assert "full (the first backup of this disk)" in told
-    (name,) = ours.bitmaps()["disk0"]
+    [name], [other] = (ours.bitmaps()[disk] for disk in ("disk0", "disk1"))
     with ours.daemon.qmp() as qmp:
         qmp.execute("block-dirty-bitmap-remove", node="disk0", name=name)
-        qmp.execute("block-dirty-bitmap-disable", node="disk1", name=name)
+        qmp.execute("block-dirty-bitmap-disable", node="disk1", name=other)
     told = ours.take("incremental")
     assert f"disk0: full (tracking was lost: bitmap '{name}' is not on node 'disk0' any more)" in told
-    assert f"disk1: full (tracking was lost: bitmap '{name}' was disabled)" in told
+    assert f"disk1: full (tracking was lost: bitmap '{other}' was disabled)" in told
     (ours.folder / "disk0.0002.qcow2").unlink()
     told = ours.take("incremental")
     assert "disk0: full (the chain is broken: disk0.0002.qcow2" in told
