@@ -114,6 +114,7 @@ class Daemon:
         self.name = name
         self.uuid = uuid
         self.option_names: tuple[str, ...] = ()
+        self.option_parameters: Callable[[str], list[tuple[str, str]]] = lambda option: []
         self.graph = Graph()
         self.events = EventHub()
         self.objects = Objects()
@@ -186,7 +187,6 @@ class Daemon:
             raise ParameterError(f'chardev "{name}" not found')
         if name in self._monitored:
             raise ParameterError(f"chardev '{name}' is already in use")
-        self._monitored.add(name)
         monitor: Frontend
         if options.mode == "control":
             monitor = QmpMonitor(self, registry, self._dispatcher, pretty=bool(options.pretty))
@@ -195,8 +195,17 @@ class Daemon:
             from livedisk.emulator.qmp.hmp import HumanMonitor
 
             monitor = HumanMonitor(self, self._dispatcher)
+        self.plug(name, monitor)
+
+    def plug(self, name: str, frontend: Frontend) -> None:
+        """Put a frontend on a character device, which is in use from here on. Raises ParameterError in QEMU's words."""
+        if name not in self._chardevs:
+            raise ParameterError(f'chardev "{name}" not found')
+        if name in self._monitored:
+            raise ParameterError(f"chardev '{name}' is already in use")
+        self._monitored.add(name)
         written = self._logs.get(name)
-        self._chardevs[name].attach(monitor if written is None else Logged(monitor, written))
+        self._chardevs[name].attach(frontend if written is None else Logged(frontend, written))
 
     async def exclusively(self, work: Coroutine[Any, Any, None]) -> None:
         """Run something in turn with the monitors' commands: none of them runs meanwhile."""

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import re
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, Final
 
 from livedisk.emulator.block import descriptors
 from livedisk.emulator.block.options import BlockdevOptions
+from livedisk.emulator.cli import option_groups
 from livedisk.emulator.cli.daemon_options import DEVICES, MACHINE, MONITORS, STORAGE_DAEMON, TABLE
 from livedisk.emulator.cli.options import Given
 from livedisk.emulator.daemon import Daemon
@@ -57,17 +59,24 @@ class Builder:
     """
 
     def __init__(self, given: Sequence[Given], *, daemonize: bool) -> None:
-        self._given = given
+        self._given = [self._accepted(*one) for one in option_groups.expand(given, TABLE)]
         self._daemonize = daemonize
         self._monitors = 0
         self._driven: list[tuple[Given, str]] = []
         self._paused = False
         self.daemon = Daemon()
+        self.daemon.option_parameters = option_groups.parameters
         self.daemon.option_names = tuple(name for option in TABLE for name in option.names)
-        for one in given:
+        for one in self._given:
             if one.name in _IDENTITY:
                 self._checked(one, _IDENTITY[one.name])
         self._say_what_has_no_effect()
+
+    @staticmethod
+    def _accepted(given: Given, error: Exception | None) -> Given:
+        if error is not None:
+            raise Refused(given, error) from error
+        return given
 
     def _checked(self, given: Given, step: Callable[[Builder, str], None]) -> None:
         try:
@@ -264,6 +273,18 @@ class Builder:
     async def qmp_pretty(self, given: Given) -> None:
         await self._in_place(given, MonitorOptions(chardev="", mode="control", pretty=True))
 
+    async def qtest(self, given: Given) -> None:
+        # Imported here: only machinery around QEMU asks for it.
+        from livedisk.emulator.qmp.qtest import Qtest
+
+        path = next((one.value for one in reversed(self._given) if one.name == "qtest-log"), "none")
+        log = None if path == "none" else os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
+        kind, _, name = given.value.partition(":")
+        if kind != "chardev":
+            name = "qtest"
+            await self._open(parse_compat(given.value, name, self._warn(given)))
+        self.daemon.plug(name, Qtest(log))
+
     async def _in_place(self, given: Given, options: MonitorOptions) -> None:
         """A monitor on a device that the option itself describes, or that it names as ``chardev:ID``."""
         kind, _, name = given.value.partition(":")
@@ -311,4 +332,5 @@ _STEPS: Final[dict[str, Callable[[Builder, Given], Awaitable[None]]]] = {
     "monitor": Builder.monitor,
     "qmp": Builder.qmp,
     "qmp-pretty": Builder.qmp_pretty,
+    "qtest": Builder.qtest,
 }

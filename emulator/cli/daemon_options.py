@@ -111,6 +111,28 @@ TABLE: tuple[Option, ...] = (
         "QMP on a device described in place.",
     ),
     _option("qmp-pretty", "DEVICE", CONTROL, MONITORS, "As -qmp, with indented JSON."),
+    _option(
+        "qtest",
+        "unix:PATH | chardev:ID | DEVICE",
+        CONTROL,
+        MONITORS,
+        "Let a client of QEMU's qtest protocol in. There is no machine to drive: every command is answered with FAIL.",
+    ),
+    _option("qtest-log", "PATH | none", CONTROL, None, "Write what is said on -qtest to a file (none: the default)."),
+    _option(
+        "set",
+        "GROUP.ID.KEY=VALUE",
+        CONTROL,
+        None,
+        "Add KEY=VALUE to the option GROUP (drive, device, chardev, mon, object) with that id that stands before.",
+    ),
+    _option(
+        "readconfig",
+        "FILE",
+        CONTROL,
+        None,
+        'Read options from a file of sections [GROUP "ID"] with lines KEY = "VALUE".',
+    ),
     _option("S", "", CONTROL, None, "Do not let the guest's I/O start; 'cont' does."),
     _option(
         "incoming",

@@ -7,7 +7,7 @@ type, and the daemon provides it.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any, Protocol
 
 import msgspec
@@ -42,6 +42,10 @@ class Daemon(Protocol):
     @property
     def option_names(self) -> Iterable[str]:
         """The options that the command line takes."""
+
+    @property
+    def option_parameters(self) -> Callable[[str], list[tuple[str, str]]]:
+        """The keys that an option of the command line takes, and their types."""
 
     @property
     def graph(self) -> Graph:

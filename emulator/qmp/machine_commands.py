@@ -95,10 +95,17 @@ class CommandLineOptionInfo(QapiStruct):
 
 @command("query-command-line-options", allow_preconfig=True)
 async def query_command_line_options(ctx: Context, args: QueryCommandLineOptions) -> list[CommandLineOptionInfo]:
-    """The options of the daemon's command line; their parameters are in query-qmp-schema, as the types of commands."""
+    """The options of the daemon's command line. The parameters of those that describe a node, an export or a device are in
+    query-qmp-schema, as the types of commands."""
     names = list(ctx.daemon.option_names)
     if isinstance(args.option, str):
         if args.option not in names:
             raise LiveDiskError(f"invalid option name: {args.option}")
         names = [args.option]
-    return [CommandLineOptionInfo(option=name, parameters=[]) for name in names]
+    parameters = ctx.daemon.option_parameters
+    return [
+        CommandLineOptionInfo(
+            option=name, parameters=[CommandLineParameterInfo(name=key, type=kind) for key, kind in parameters(name)]
+        )
+        for name in names
+    ]

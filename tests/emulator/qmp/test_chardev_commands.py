@@ -239,7 +239,7 @@ def test_what_tools_ask_on_connecting_is_answered(short_path: Path) -> None:
     with Daemon(short_path, nbd=False) as daemon, daemon.qmp() as qmp:
         assert qmp.execute("query-kvm") == {"enabled": False, "present": False}
         assert qmp.execute("query-cpus-fast") == []
-        assert {"option": "drive", "parameters": []} in qmp.execute("query-command-line-options")
+        assert {"option": "device", "parameters": []} in qmp.execute("query-command-line-options")
         assert _lines(qmp, "info qom-tree")[0] == "/machine (none-machine)"
         assert _lines(qmp, "info qtree -b")[0] == "bus: main-system-bus"
         assert _lines(qmp, "info kvm") == ["kvm support: not compiled"]
