@@ -5,8 +5,8 @@ an attribute look-up on paths that are slow already; the fast path never meets a
 OPAQUE. An event is told where the request may be held: a breakpoint suspends it there.
 
 Names and places are QEMU's (``qapi/block-core.json``, BlkdebugEvent; the BLKDBG_EVENT lines of ``block/``). As there, what
-belongs to formats that are not here, and ``vmstate_*``, never happens. Our qcow2 driver keeps metadata in memory until it is
-flushed, so that ``l2_update``, ``l1_update`` and ``refblock_*`` happen at a flush more often than in QEMU.
+belongs to formats that are not here, and ``vmstate_*``, never happens. Our qcow2 driver keeps all metadata in memory until it is
+flushed; where somebody listens it writes at once what QEMU writes at once, new L2 tables and refcount blocks.
 """
 
 from __future__ import annotations

@@ -123,6 +123,8 @@ class Allocator:
                 await self.storage.tell(Event.REFBLOCK_ALLOC)
                 if index == self._search // per_block and not refcounts.exists(index):
                     self._search = self._new_block(index, max(self._search, index * per_block))
+                    if self.storage.is_watched:
+                        await self.write_refcounts()  # a fault injector meets this write where QEMU makes it: at once
                 continue
             free = refcounts.fields.find_free(block.data, self._search - index * per_block)
             if free < 0:
@@ -223,6 +225,7 @@ class Allocator:
         """Move the refcount table to a larger place: written whole and durable before the header refers to it."""
         refcounts = self.refcounts
         await self.write_refcounts()
+        await self.storage.tell(Event.REFTABLE_GROW)
         first = len(refcounts.table) * refcounts.per_block
         entries, table_clusters, blocks = refcounts.plan_growth(needed, first)
         table = refcounts.table + array("Q", bytes(8 * (entries - len(refcounts.table))))

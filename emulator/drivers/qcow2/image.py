@@ -13,6 +13,7 @@
 
 from __future__ import annotations
 
+import os
 import struct
 from array import array
 from dataclasses import dataclass
@@ -44,6 +45,7 @@ from livedisk.emulator.drivers.qcow2.tables import Run, State, Tables
 from livedisk.emulator.drivers.qcow2.write import Writer
 from livedisk.emulator.drivers.qcow2.writeback import Writeback
 from livedisk.emulator.drivers.qcow2.zero import Zeroer
+from livedisk.emulator.errors import BlockError
 
 SECTOR: Final = 512
 _KINDS: Final = {
@@ -100,6 +102,7 @@ class Image:
         self.tables = Tables(self.storage, self.allocator, self.geometry, header.version, raw_data=header.data_file_raw)
         self.tables.resize_cache(sizes.l2, sizes.l2_slice)
         self.writeback = Writeback(self.tables, self.allocator, lambda: self.header.dirty)
+        self.tables.write_back = self.writeback.run
         self.allocator.write_refcounts = self.writeback.write_refcounts
         self.allocator.table_moved = self._refcount_table_moved
         self.writer = Writer(self)
@@ -115,9 +118,12 @@ class Image:
         header, size = self.header, self.geometry.cluster_size
         l1 = await self.storage.read(header.l1_table_offset, header.l1_size * 8)
         self.tables.adopt(table_from_bytes(l1), header.l1_table_offset)
-        table = await self.storage.read(
-            header.refcount_table_offset, header.refcount_table_clusters * size, Event.REFTABLE_LOAD
-        )
+        table_size = header.refcount_table_clusters * size
+        try:
+            table = await self.storage.read(header.refcount_table_offset, table_size, Event.REFTABLE_LOAD)
+        except OSError as error:
+            text = os.strerror(error.errno) if error.errno else str(error)
+            raise BlockError(f"Could not initialize refcount handling: {text}") from error
         self.refcounts.adopt(table_from_bytes(table), header.refcount_table_offset)
         if header.bitmaps is not None:
             directory = header.bitmaps

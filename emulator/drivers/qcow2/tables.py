@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 from array import array
+from collections.abc import Awaitable, Callable
 from enum import IntEnum
 from typing import Final, NamedTuple
 
@@ -85,6 +86,8 @@ class Tables:
         self.l1_offset = 0
         self.l1_dirty: dict[int, int] = {}
         self.slices: TableCache[array[int]] = TableCache(2)
+        self.write_back: Callable[[], Awaitable[None]]
+        """Set by the driver: writes all metadata that waits."""
         self._loading: dict[int, asyncio.Future[None]] = {}
         self._size_slices()
 
@@ -304,6 +307,7 @@ class Tables:
                 return (table if table is not None else await self._load_slice(at)), index
             old = await self._whole_table(table_offset) if table_offset else []
             await self.storage.tell(Event.CLUSTER_ALLOC)
+            await self.storage.tell(Event.REFBLOCK_ALLOC)
             await self.allocator.ensure()
             if old:
                 await self.storage.tell(Event.L2_ALLOC_COW_READ)
@@ -313,6 +317,8 @@ class Tables:
                 damage = self._misallocated(self.l1[l1_index] & OFFSET_MASK)
                 if damage is not None:
                     raise await self.storage.corrupt(damage)
+                if self.storage.is_watched:
+                    await self.write_back()  # a fault injector meets these writes where QEMU makes them: at once
 
     async def _whole_table(self, table_offset: int) -> list[Table[array[int]]]:
         return [

@@ -106,6 +106,7 @@ class Writer:
                 if told != position and image.storage.is_watched:
                     told = position
                     await image.storage.tell(Event.CLUSTER_ALLOC)
+                    await image.storage.tell(Event.REFBLOCK_ALLOC)
                     continue  # it may have been held, and the mapping be another one
                 position += await self._allocating(at, data[position : position + min(run.length, most)])
 
@@ -388,6 +389,7 @@ class Writer:
         try:
             entry = image.geometry.compressed_entry(host, len(packed))
             await image.storage.check_overlap(host, len(packed))
+            await image.storage.tell(Event.L2_UPDATE_COMPRESSED)
             await image.storage.tell(Event.WRITE_COMPRESSED)
             await image.storage.file.write(host, memoryview(packed))
             table, index = await image.tables.own(offset)
@@ -429,6 +431,7 @@ class Writer:
         elif isinstance(data, memoryview) and head + len(data) + tail <= MAX_MERGED:
             merged = memoryview(await self._merged(offset, head, data, tail))
             await image.storage.tell(Event.WRITE_AIO)
+            await image.storage.tell(Event.COW_WRITE)
             await target.write(host + offset - head, merged)
         else:
             await image.storage.tell(Event.WRITE_AIO)
