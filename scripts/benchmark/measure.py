@@ -11,12 +11,13 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Iterable
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from benchmark.images import CLUSTER, Images
-from benchmark.servers import Server, qemu_aio
+from benchmark.servers import QemuStorageDaemon, Server, qemu_aio
 from benchmark.workloads import Workload
 
 Tell = Callable[[str, float], None]
@@ -156,11 +157,13 @@ def measure(servers: list[type[Server]], workloads: list[Workload], plan: Plan, 
         files = images.files(workload.disk)
         for server, number in _turns(servers, plan.runs):
             done += 1
-            if not server.serves(files):
+            if not server.serves(files) or (workload.behind and not server.has_qmp):
                 continue
             tell(f"{workload.title}, {server.name}, run {number + 1}", done / total)
             images.warm(workload.disk)
-            with server(files) as running:
+            with ExitStack() as stack:
+                behind = stack.enter_context(QemuStorageDaemon(files)) if workload.behind else None
+                running = stack.enter_context(server(() if workload.behind else files, behind))
                 first = touch_all(running.uri, plan)
                 figure, busy = run_load(running.uri, workload, plan)
                 result.peak[server.name] = max(result.peak.get(server.name, 0), running.memory("VmHWM"))

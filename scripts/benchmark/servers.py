@@ -23,7 +23,8 @@ class ServerFailed(Exception):
 
 
 class Server:
-    """A running server of one disk, whose ``files`` are its chain, the active layer last. ``uri`` is the export.
+    """A running server of one disk, whose ``files`` are its chain, the active layer last; or (no files) of the disk that a server
+    ``behind`` it has. ``uri`` is the export.
 
     Sub-classes say with which command line (`arguments`) and what they can serve (`serves`).
     """
@@ -31,7 +32,8 @@ class Server:
     name: ClassVar[str]
     has_qmp: ClassVar[bool]
 
-    def __init__(self, files: Sequence[Path]) -> None:
+    def __init__(self, files: Sequence[Path], behind: Server | None = None) -> None:
+        self.behind = behind
         self._folder = tempfile.TemporaryDirectory(prefix="ldbench", dir="/tmp")
         folder = Path(self._folder.name)
         self.nbd_socket = folder / "nbd"
@@ -132,8 +134,13 @@ class QemuStorageDaemon(Server):
             # A backing file is never written, and qemu-img made these read-only in all but name.
             read_only = {"read-only": True} if index < len(files) - 1 else {}
             command += ["--blockdev", json.dumps(protocol | read_only), "--blockdev", json.dumps(image | read_only)]
+        top = f"node{len(files) - 1}"
+        if self.behind is not None:
+            top = "behind"
+            way = {"type": "unix", "path": str(self.behind.nbd_socket)}
+            command += ["--blockdev", json.dumps({"driver": "nbd", "node-name": top, "server": way})]
         command += ["--nbd-server", f"addr.type=unix,addr.path={self.nbd_socket},max-connections=16"]
-        command += ["--export", f"type=nbd,id=e,node-name=node{len(files) - 1},name=,writable=on"]
+        command += ["--export", f"type=nbd,id=e,node-name={top},name=,writable=on"]
         return command
 
 

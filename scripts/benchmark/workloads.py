@@ -17,7 +17,8 @@ class Workload:
     """One load that fio makes.
 
     ``targets`` maps a peer's name to the least ratio of livedisk's median to that peer's. ``against`` names another workload
-    and the least ratio of livedisk's median here to its own median there.
+    and the least ratio of livedisk's median here to its own median there. ``behind``: a qemu-storage-daemon has the disk, and the
+    server that is measured passes it on through its nbd driver.
     """
 
     name: str
@@ -30,6 +31,7 @@ class Workload:
     unit: Unit = "IOPS"
     targets: Mapping[str, float] = field(default_factory=dict)
     against: tuple[str, float] | None = None
+    behind: bool = False
 
     @property
     def writes(self) -> bool:
@@ -38,6 +40,11 @@ class Workload:
 
 def _targets(qemu: float, nbdkit: float | None = None) -> Mapping[str, float]:
     return {"qemu-storage-daemon": qemu} | ({} if nbdkit is None else {"nbdkit": nbdkit})
+
+
+def _passed_on(rw: str, what: str, depth: int) -> Workload:
+    title = f"driver nbd, 4 KiB random {what}, depth {depth}"
+    return Workload(f"nbd-{rw}-{depth}", title, "raw", rw, "4k", depth, targets=_targets(1.0), behind=True)
 
 
 WORKLOADS: Final = (
@@ -120,4 +127,5 @@ WORKLOADS: Final = (
         targets=_targets(6.0),
         against=("qcow2-randread-32", 0.9),
     ),
+    *(_passed_on(f"rand{what}", what, depth) for depth in (1, 32) for what in ("read", "write")),
 )

@@ -68,6 +68,10 @@ _FILE_STEP: Final = 1 << 20
 """Bytes of a request whose payload stands in a file: a server works on one while the next arrives, in its processor's cache."""
 _FILES: Final = 4
 """Copies from files under way at once, 4 MiB each: as much as jobs have under way through memory. A server may hold it all."""
+_FLUSH_EVERY: Final = 64 << 20
+"""Bytes of long writes after which the server begins to put them on stable storage."""
+_LONG: Final = 1 << 20
+"""Bytes of a write that is long."""
 _KIND: Final = "block-node"
 
 
@@ -89,6 +93,9 @@ class NbdDriver(Driver):
         self._link = Link(self._connect, self._check, reconnect_delay=options.reconnect_delay, where=self._where)
         self._copies = asyncio.Semaphore(_FILES)
         self._unflushed = False
+        self._long_bytes = 0
+        self._early: asyncio.Task[None] | None = None
+        self._early_failure: OSError | None = None
         self._size = self._told_size = 0  # not known before `open` is done, and others may look
 
     @classmethod
@@ -178,8 +185,10 @@ class NbdDriver(Driver):
         back, and that what was written since the last flush may be lost is only logged: a node whose server is gone for good
         must be possible to close. Raises what the server says to the flush."""
         self._link.no_more_holding()
+        if self._early is not None:
+            await asyncio.wait([self._early])
         try:
-            if self._unflushed:
+            if self._unflushed or self._early_failure is not None:
                 await self.flush()
         except OSError as error:
             if self._link.state is State.CONNECTED:
@@ -296,6 +305,7 @@ class NbdDriver(Driver):
             await self._write_blocks(offset, data, flags)
             return
         self._changing()
+        self._flush_soon(length)
         try:
             for start in range(0, length, self._longest):
                 part = data[start : start + self._longest] if length > self._longest else data
@@ -312,6 +322,7 @@ class NbdDriver(Driver):
         step = min(_FILE_STEP, self._longest)
         async with self._copies:
             self._changing()
+            self._flush_soon(length)
             try:
                 # All of them end before this does: until then the bytes must stay where they are.
                 ends = await asyncio.gather(
@@ -418,12 +429,38 @@ class NbdDriver(Driver):
         if not self._link.info.flags & TransmissionFlag.SEND_FLUSH:
             self._unflushed = False
             return
+        await self._flush_now()
+        if self._early_failure is not None:
+            failure, self._early_failure = self._early_failure, None
+            raise failure
+
+    async def _flush_now(self) -> None:
         before, self._unflushed = self._unflushed, False
         try:
             await self._link.request(Command.FLUSH, 0, 0)
         except BaseException:
             self._unflushed = before or self._unflushed
             raise
+
+    def _flush_soon(self, length: int) -> None:
+        """Count a write. After much of long ones, which jobs make, let the server begin to put them on stable storage: the flush
+        at the job's end, for which a guest may be held, then has little left to do."""
+        if length < _LONG:
+            return
+        self._long_bytes += length
+        can = self._link.info.flags & TransmissionFlag.SEND_FLUSH
+        if can and self._long_bytes >= _FLUSH_EVERY and self._early is None:
+            self._long_bytes = 0
+            self._early = asyncio.get_running_loop().create_task(self._flush_early())
+
+    async def _flush_early(self) -> None:
+        try:
+            await self._flush_now()
+        except OSError as error:
+            if self._link.state is State.CONNECTED:
+                self._early_failure = error  # whoever asks for a flush is told: the server may not say it twice
+        finally:
+            self._early = None
 
     async def prefetch(self, offset: int, length: int) -> None:
         if not self._link.info.flags & TransmissionFlag.SEND_CACHE:

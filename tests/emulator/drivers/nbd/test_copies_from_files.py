@@ -17,6 +17,7 @@ from contract.disks import opened
 from kit import raw_nbd as raw
 from livedisk.emulator.block.extents import Extents, SourceUnreadable
 from livedisk.emulator.block.hostfile import HostFile
+from livedisk.emulator.drivers.nbd import driver
 from livedisk.nbd import file_payload
 from livedisk.nbd.client_connection import ClientConnection
 from livedisk.nbd.file_payload import FilePayload, Sending
@@ -247,6 +248,49 @@ def test_not_warm_or_not_whole_blocks_goes_through_memory(
 
     run(test)
     assert not counts
+
+
+@pytest.mark.parametrize("through_memory", [False, True])
+def test_much_that_is_copied_is_flushed_meanwhile(
+    through_memory: bool, file: HostFile, short_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Once for every so many bytes; a flush that failed is told to whoever asks for one, once."""
+    monkeypatch.setattr(driver, "_FLUSH_EVERY", 2 * SIZE)
+    full = False
+
+    async def fail(operation: str, offset: int, length: int) -> None:
+        if operation == "flush" and full:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    async def test() -> None:
+        nonlocal full
+        async with served(short_path) as place, opened(place.options()) as disk:
+            place.export.hook = fail
+
+            async def copies(count: int) -> list[str]:
+                place.export.log.clear()
+                for _ in range(count):
+                    if through_memory:
+                        await disk.write(0, memoryview(CONTENT))
+                    else:
+                        await disk.node.copy_in(0, Extents([(file, 0, SIZE)]))
+                await asyncio.sleep(0.05)
+                return [name for name, _, _ in place.export.log if name == "flush"]
+
+            for _ in range(4):
+                await disk.write(0, memoryview(CONTENT)[: SIZE // 2])
+            assert await copies(1) == []
+            assert await copies(1) == ["flush"]
+            assert await copies(4) == ["flush", "flush"]
+            full = True
+            await copies(2)
+            full = False
+            with pytest.raises(OSError, match="No space left"):
+                await disk.flush()
+            await disk.flush()
+            assert place.export.data == CONTENT
+
+    run(test)
 
 
 def test_over_tcp_bytes_go_through_memory(short_path: Path) -> None:
