@@ -52,6 +52,8 @@ class SocketChardev(ChardevBase):
     wait: bool | None = None
     """Hold start-up until the first client is there. Servers only, where it is the default."""
     nodelay: bool = False
+    telnet: bool = False
+    """Speak telnet: offer to echo, and take its commands out of what comes."""
     ipv4: bool | None = None
     ipv6: bool | None = None
     abstract: bool = False
@@ -157,14 +159,16 @@ def _compat_values(text: str, warn: Warn) -> dict[str, Any]:
     kind, _, rest = text.partition(":")
     if kind == "unix":
         return {"backend": "socket", **parse_opts(rest, "path", warn=warn)}
-    if kind == "tcp":
+    if kind in ("tcp", "telnet"):
         match = _TCP.match(rest)
         if match is None:
             raise ParameterError(f"parse error: {text}")
         options = parse_opts(match["rest"] or "", warn=warn)
-        return {"backend": "socket", **options, "host": match["host"].strip("[]"), "port": match["port"]}
+        spoken = {"telnet": "on"} if kind == "telnet" else {}
+        return {"backend": "socket", **options, **spoken, "host": match["host"].strip("[]"), "port": match["port"]}
     raise ParameterError(
-        f"'{text}' is not a valid char driver", hint="Known: unix:PATH, tcp:HOST:PORT, stdio, pty, null"
+        f"'{text}' is not a valid char driver",
+        hint="Known: unix:PATH, tcp:HOST:PORT, telnet:HOST:PORT, stdio, pty, null",
     )
 
 

@@ -60,6 +60,7 @@ class ChardevSocket(ChardevCommon, kw_only=True):
     server: bool = True
     wait: _Bool = UNSET
     nodelay: bool = False
+    telnet: bool = False
     reconnect: int | UnsetType = UNSET
     reconnect_ms: int | UnsetType = UNSET
 
@@ -162,7 +163,7 @@ def _own_options(id: str, backend: Backend) -> Chardev:
 
 
 def _socket(id: str, data: ChardevSocket) -> SocketChardev:
-    found: dict[str, Any] = {"id": id, "server": data.server, "nodelay": data.nodelay}
+    found: dict[str, Any] = {"id": id, "server": data.server, "nodelay": data.nodelay, "telnet": data.telnet}
     for name in ("wait", "reconnect", "reconnect_ms", "tls_creds", "tls_authz"):
         value = getattr(data, name)
         if value is not UNSET:

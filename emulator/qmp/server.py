@@ -39,6 +39,7 @@ from livedisk.emulator.qmp.chardev import (
 from livedisk.emulator.qmp.monitor import Frontend
 from livedisk.emulator.qmp.object_commands import Objects
 from livedisk.emulator.qmp.rights import RightsTransport
+from livedisk.emulator.qmp.telnet import OFFERS, Telnet
 from livedisk.nbd.tls import ClientTls, ServerTls, reason_of
 
 log = logging.getLogger(__name__)
@@ -141,7 +142,10 @@ class Connection(asyncio.Protocol):
     frontend being there.
     """
 
-    def __init__(self, frontend: Frontend | None, tls: ServerTls | ClientTls | None = None) -> None:
+    def __init__(
+        self, frontend: Frontend | None, tls: ServerTls | ClientTls | None = None, telnet: Telnet | None = None
+    ) -> None:
+        self._telnet = telnet
         self._admit = tls.admit if isinstance(tls, ServerTls) else None
         self.closed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._frontend = frontend
@@ -166,12 +170,16 @@ class Connection(asyncio.Protocol):
                 self._transport.abort()
                 return
         self._update()
+        if self._telnet is not None:
+            self._transport.write(OFFERS)
         if self._frontend is not None:
             self._frontend.opened(self)
 
     def data_received(self, data: bytes) -> None:
         assert self._frontend is not None, "nothing is read before there is a frontend"
-        self._frontend.received(data)
+        plain = data if self._telnet is None else self._telnet.take(data)
+        if plain:
+            self._frontend.received(plain)
 
     def eof_received(self) -> bool:
         return False
@@ -305,7 +313,7 @@ class SocketDevice:
             return self._passed_name
         host = f"[{options.host}]" if ":" in options.host else options.host
         port = self._listeners[0].getsockname()[1] if self._listeners else options.port
-        return f"tcp:{host}:{port}"
+        return f"{'telnet' if options.telnet else 'tcp'}:{host}:{port}"
 
     # -- inside
     # -------------------------------------------------------------------------------------------------------
@@ -358,7 +366,7 @@ class SocketDevice:
         client.setblocking(False)
         if client.family != socket.AF_UNIX:
             client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, int(self.options.nodelay))
-        self._connection = connection = Connection(self._frontend, self._tls)
+        self._connection = connection = Connection(self._frontend, self._tls, Telnet() if self.options.telnet else None)
         try:
             await self._wrap(connection, client)
         except OSError as error:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import enum
 from typing import Annotated
 
-from livedisk.emulator.block.sockets import FdAddress, InetAddress, UnixAddress, VsockAddress
+from livedisk.emulator.block.sockets import Fd, FdAddress, Inet, InetAddress, Unix, UnixAddress, VsockAddress
 from livedisk.emulator.device.runstate import State
 from livedisk.emulator.qmp.context import Context
 from livedisk.emulator.qmp.qapi import UNSET, Meta, QapiStruct, UnsetType
@@ -37,10 +38,55 @@ class HandOver(QapiStruct):
     exports: list[str] = []
 
 
+class MigrationAddressType(enum.StrEnum):
+    """How the stream is carried: by sockets alone."""
+
+    SOCKET = "socket"
+
+
+class MigrationAddress(QapiStruct, kw_only=True):
+    """A socket's address; its ``type`` says which of QEMU's. All have their ``transport`` in common."""
+
+
+class InetChannel(Inet, MigrationAddress, tag="inet", tag_field="type", kw_only=True):
+    """TCP."""
+
+    transport: MigrationAddressType
+
+
+class UnixChannel(Unix, MigrationAddress, tag="unix", tag_field="type", kw_only=True):
+    """A path."""
+
+    transport: MigrationAddressType
+
+
+class FdChannel(Fd, MigrationAddress, tag="fd", tag_field="type", kw_only=True):
+    """A connected socket, by the name that getfd gave it."""
+
+    transport: MigrationAddressType
+
+
+class MigrationChannelType(enum.StrEnum):
+    """There is one stream."""
+
+    MAIN = "main"
+
+
+class MigrationChannel(QapiStruct, kw_only=True):
+    """Where a stream goes, or comes from."""
+
+    channel_type: MigrationChannelType
+    addr: InetChannel | UnixChannel | FdChannel
+
+
 class MigrateOptions(QapiStruct):
-    """``uri``: tcp:HOST:PORT, unix:PATH or fd:NAME."""
+    """``uri`` (tcp:HOST:PORT, unix:PATH or fd:NAME), or one of ``channels``. ``detach`` means nothing in QMP, as in QEMU;
+    ``resume``: go on with a migration that was paused, of which there are none."""
 
     uri: str | UnsetType = UNSET
+    channels: list[MigrationChannel] | UnsetType = UNSET
+    detach: bool | UnsetType = UNSET
+    resume: bool | UnsetType = UNSET
     x_hand_over: Annotated[HandOver | UnsetType, Meta(extra={"features": ("unstable",)})] = UNSET
 
 
@@ -48,7 +94,9 @@ class MigrateOptions(QapiStruct):
 async def migrate(ctx: Context, args: MigrateOptions) -> None:
     """Hand the guest over. Returns at once; query-migrate and the event MIGRATION tell how it goes."""
     migration = migration_of(ctx.daemon)
-    address = _address(args.uri)
+    address = _address(args.uri, args.channels)
+    if args.resume is True:
+        raise MigrationError("Cannot resume if there is no paused migration")
     state = ctx.daemon.run_state.state
     if state is State.INMIGRATE:
         raise MigrationError("Guest is waiting for an incoming migration")
@@ -63,10 +111,21 @@ async def migrate(ctx: Context, args: MigrateOptions) -> None:
     migration.outgoing_task = asyncio.get_running_loop().create_task(work.run(), name="migration")
 
 
-def _address(uri: str | UnsetType) -> Address:
-    if not isinstance(uri, str):
+def _address(uri: str | UnsetType, channels: list[MigrationChannel] | UnsetType) -> Address:
+    given = channels if isinstance(channels, list) else []
+    if isinstance(uri, str) == bool(given):
         raise MigrationError("need either 'uri' or 'channels' argument")
-    return parse_uri(uri)
+    if isinstance(uri, str):
+        return parse_uri(uri)
+    if len(given) > 1:
+        raise MigrationError("Channel list has more than one main entry")
+    where = given[0].addr
+    for name in ("numeric", "to", "ipv4", "ipv6", "keep_alive", "mptcp", "abstract"):
+        if getattr(where, name, False) not in (UNSET, False):
+            raise MigrationError(f"'{name.replace('_', '-')}' is not supported in a migration's address")
+    if isinstance(where, InetChannel):
+        return InetAddress(host=where.host, port=where.port)
+    return UnixAddress(path=where.path) if isinstance(where, UnixChannel) else FdAddress(str=where.str)
 
 
 @command("migrate_cancel")
@@ -95,9 +154,11 @@ async def migrate_continue(ctx: Context, args: MigrateContinue) -> None:
 
 
 class MigrateIncoming(QapiStruct):
-    """``uri``: tcp:HOST:PORT, unix:PATH or fd:NAME. ``exit-on-error``: end the process if the migration fails."""
+    """``uri``: tcp:HOST:PORT, unix:PATH or fd:NAME; or one of ``channels``. ``exit-on-error``: end the process if the migration
+    fails."""
 
     uri: str | UnsetType = UNSET
+    channels: list[MigrationChannel] | UnsetType = UNSET
     exit_on_error: bool = True
 
 
@@ -105,7 +166,7 @@ class MigrateIncoming(QapiStruct):
 async def migrate_incoming(ctx: Context, args: MigrateIncoming) -> None:
     """Listen for a migration, after ``-incoming defer``."""
     migration = migration_of(ctx.daemon)
-    address = _address(args.uri)
+    address = _address(args.uri, args.channels)
     if ctx.daemon.run_state.state is not State.INMIGRATE:
         raise MigrationError("'-incoming' was not specified on the command line")
     if migration.incoming.busy:

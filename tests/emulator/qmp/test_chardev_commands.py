@@ -11,10 +11,12 @@ from typing import Any
 
 import pytest
 
-from kit.livedisk import Daemon
+from kit.livedisk import Daemon, executable
+from kit.peers import peer
 from kit.qemu import create
 from kit.qmp import Qmp, QmpError
-from kit.side_by_side import MACHINE, Host, Human, Step, compare, step
+from kit.side_by_side import MACHINE, Host, Human, Step, compare, session, step
+from livedisk.emulator.qmp.telnet import Telnet
 
 
 def add(name: str, kind: str, **data: Any) -> Step:
@@ -213,6 +215,38 @@ def _until_line(line: Any) -> bytes:
     while not said.endswith(b"\n"):
         said += line.read(4096)
     return said
+
+
+@pytest.mark.parametrize("kind", [Daemon, None], ids=["ours", "theirs"])
+def test_a_monitor_by_telnet(kind: type[Daemon] | None, short_path: Path) -> None:
+    command = [executable(), "daemon"] if kind else [peer("qemu-system-x86_64")]
+    with session(command, short_path, [*MACHINE, "-monitor", "telnet:127.0.0.1:0,server=on,wait=off"]) as qmp:
+        found = next(one["filename"] for one in qmp.execute("query-chardev") if "telnet" in one["filename"])
+        address = found.removeprefix("disconnected:telnet:").removesuffix(",server=on")
+        assert re.fullmatch(r"127\.0\.0\.1:\d+", address)
+        with socket.create_connection(("127.0.0.1", int(address.rpartition(":")[2])), timeout=30) as client:
+            assert _until(client, b"(qemu) ").startswith(bytes((255, 251, 1, 255, 251, 3, 255, 251, 0, 255, 253, 0)))
+            for piece in (b"\xff", b"\xfd\x01info \xff\xfb", b"\x03name\r\n"):
+                client.sendall(piece)
+            said = _until(client, b"\n(qemu) ")
+            assert b"unknown command" not in said
+            assert b"\xff" not in said
+
+
+def _until(client: socket.socket, end: bytes) -> bytes:
+    said = b""
+    while not said.endswith(end):
+        piece = client.recv(4096)
+        assert piece, said
+        said += piece
+    return said
+
+
+def test_a_telnet_stream_cut_anywhere() -> None:
+    stream = b"a\xff\xfd\x01b\xff\xffc\xff\xfb\xff!d"
+    for cut in range(len(stream) + 1):
+        telnet = Telnet()
+        assert telnet.take(stream[:cut]) + telnet.take(stream[cut:]) == b"ab\xffc!d"
 
 
 def test_one_pipe_of_two_is_no_pair(short_path: Path) -> None:

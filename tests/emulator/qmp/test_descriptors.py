@@ -50,6 +50,10 @@ def refused(image: Path) -> bool:
     return "Failed to get" in run(["qemu-io", "-f", "raw", "-c", "write 0 512", image], expect=None).stderr
 
 
+def channel(name: str) -> dict[str, Any]:
+    return {"channel-type": "main", "addr": {"transport": "socket", "type": "fd", "str": name}}
+
+
 RO, RW, WO = os.O_RDONLY, os.O_RDWR, os.O_WRONLY
 LISTEN = {"type": "fd", "data": {"str": "l"}}
 QUERY = step("query-fdsets")
@@ -90,6 +94,16 @@ SCRIPTS: dict[str, list[Step]] = {
         step("chardev-add", id="c", backend={"type": "socket", "data": {"addr": LISTEN, "server": True}}),
         step("blockdev-add", driver="nbd", node_name="n", server={"type": "fd", "str": "none"}),
         step("migrate", uri="fd:none"),
+        *(
+            step("migrate", **more)
+            for more in (
+                {"channels": []},
+                {"channels": [channel("none")], "uri": "fd:none"},
+                {"channels": [channel("none"), channel("none")]},
+                {"channels": [channel("none")], "detach": True},
+                {"uri": "fd:none", "resume": True},
+            )
+        ),
     ],
     "sets": [
         QUERY,
@@ -338,7 +352,7 @@ def test_a_guest_moves_over_a_socket_that_both_were_given(short_path: Path) -> N
         from_.call_with([here.fileno()], "getfd", fdname="m")
         here.close()
         there.close()
-        to.execute("migrate-incoming", uri="fd:m")
+        to.execute("migrate-incoming", channels=[channel("m")])
         from_.execute("migrate", uri="fd:m")
         to.wait_event("RESUME")
         assert from_.execute("query-status")["status"] == "postmigrate"
