@@ -114,11 +114,12 @@ def _load_commands() -> None:
     """The built-in commands register while their module is imported, which needs this one first."""
     global _commands_loaded
     if not _commands_loaded:
-        from livedisk.emulator.qmp import hmp_commands, hmp_drives, hmp_io, hmp_objects
+        from livedisk.emulator.qmp import hmp_commands, hmp_drives, hmp_io, hmp_migration, hmp_objects
 
         assert hmp_commands
         assert hmp_drives
         assert hmp_io
+        assert hmp_migration
         assert hmp_objects
         _commands_loaded = True
 
@@ -215,7 +216,7 @@ def _bytes(command: HmpCommand, word: str) -> int:
 
 def _on_or_off(command: HmpCommand, word: str) -> bool:
     if word not in ("on", "off"):
-        raise HmpError(f"{command.name}: expected 'on' or 'off'\n{_hint(command)}")
+        raise HmpError(f"Expected 'on' or 'off'\n{_hint(command)}")
     return word == "on"
 
 
