@@ -19,7 +19,7 @@ from kit.places import short_folder
 from kit.process import Process
 from kit.qemu import create, qemu_img
 from kit.qmp import Qmp, QmpError
-from kit.side_by_side import Host, Human, Passing, Step, compare, step
+from kit.side_by_side import Host, Human, Job, Passing, Step, compare, step
 
 
 def opened(*flags: int, name: str = "a.raw") -> Callable[[Path], Sequence[int]]:
@@ -163,12 +163,12 @@ SCRIPTS: dict[str, list[Step]] = {
         add(1, RW),
         add(2, RO),
         step("blockdev-create", job_id="j", options={"driver": "file", "filename": "/dev/fdset/1", "size": 2 << 20}),
-        Host(lambda folder: time.sleep(0.3)),
+        Job("j"),
         step("query-jobs"),
         Host(lambda folder: (folder / "a.raw").stat().st_size),
         step("job-dismiss", id="j"),
         step("blockdev-create", job_id="j", options={"driver": "file", "filename": "/dev/fdset/2", "size": 3 << 20}),
-        Host(lambda folder: time.sleep(0.3)),
+        Job("j"),
         step("query-jobs"),
         Host(lambda folder: (folder / "a.raw").stat().st_size),
         step("job-dismiss", id="j"),
