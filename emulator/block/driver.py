@@ -171,6 +171,10 @@ class Driver(ABC):
     def size(self) -> int:
         """Bytes that the node shows."""
 
+    def identity(self) -> int:
+        """What tells the stored file from a copy of it (its inode); 0 where that is not known."""
+        return self.node.filtered.node.driver.identity() if self.node.filtered is not None else 0
+
     @abstractmethod
     def map(self, offset: int, length: int) -> Segment:
         """Say where the first bytes of ``[offset, offset+length)`` are; the answer's length is in ``1..length``.

@@ -182,6 +182,10 @@ class FileDriver(Driver):
         """Bytes that the host has."""
         return os.fstat(self.host.fd).st_size
 
+    def identity(self) -> int:
+        status = os.fstat(self.host.fd)
+        return status.st_ino if stat.S_ISREG(status.st_mode) else 0  # a device's node may be made anew at every start
+
     async def close(self) -> None:
         """What was written is on stable storage when the file is closed in order, as with QEMU (bdrv_close). Raises
         OSError if it may not be, unless an earlier flush told that; the file is closed in any case."""

@@ -12,6 +12,7 @@ import errno
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -415,7 +416,8 @@ def test_what_could_not_be_stored_is_stored_when_it_is_tried_again(records: bool
             disk.image.storage.observer = fail
             bitmap.bits[5] = 1
             bitmap.bits[1 << 10] = 1
-            with pytest.raises(OSError, match=os.strerror(errno.EIO)):
+            text = f"{os.strerror(errno.EIO)}: the dirty bitmaps of node '{disk.node.name}' could not be stored"
+            with pytest.raises(OSError, match=text):
                 await disk.driver.sync_bitmaps()
             await disk.driver.sync_bitmaps()
             path.write_bytes(platter.durable)
@@ -520,6 +522,28 @@ def test_reading_by_another_program_changes_nothing(tmp_path: Path) -> None:
     qemu_io(path, "read 0 512", options=["-r"])
     qemu_img("convert", "-O", "raw", path, tmp_path / "copy")
     assert not state(path)
+
+
+def test_a_copy_of_an_image_in_use_is_not_believed(tmp_path: Path) -> None:
+    """Nobody knows of which moments its bits and its data are."""
+    path = create(tmp_path / "image.qcow2", SIZE)
+    qemu_img("bitmap", "--add", path, "x")
+    copy, renamed, kept = tmp_path / "copy.qcow2", tmp_path / "renamed.qcow2", tmp_path / "kept"
+
+    async def use() -> None:
+        async with opened(path) as disk:
+            await disk.write(5 << 20, b"x" * 100)
+            await disk.backend.flush()
+            shutil.copy(path, copy)
+            kept.write_bytes(path.read_bytes())
+
+    asyncio.run(use())
+    assert state(copy)
+    qemu_img("check", copy)
+    path.write_bytes(kept.read_bytes())  # as a crash would have left it
+    assert not state(path)
+    path.rename(renamed)
+    assert not state(renamed)
 
 
 def test_kill_9_loses_no_bitmap(tmp_path: Path) -> None:

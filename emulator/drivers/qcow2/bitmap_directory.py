@@ -30,8 +30,8 @@ from livedisk.emulator.drivers.qcow2.header import Autoclear, ExtensionType, Hea
 from livedisk.emulator.errors import ImageError
 
 _ENTRY: Final = struct.Struct(">QIIBBHI")
-_TRACKING: Final = struct.Struct(">IIQI")
-_TRACKING_VERSION: Final = 1
+_TRACKING: Final = struct.Struct(">IIQIQ")
+_TRACKING_VERSION: Final = 2
 IN_USE: Final = 1
 AUTO: Final = 2
 _KNOWN_FLAGS: Final = 3
@@ -133,22 +133,25 @@ def mark_all_in_use(raw: bytearray) -> None:
 
 
 # -- what only this project knows ----------------------------------------------------------------------------------------
-def tracking_extension(trusted: int, offset: int, directory: bytes) -> bytes:
-    """Our header extension for the directory at ``offset``."""
-    return _TRACKING.pack(_TRACKING_VERSION, trusted, offset, zlib.crc32(directory))
+def tracking_extension(trusted: int, offset: int, directory: bytes, identity: int) -> bytes:
+    """Our header extension for the directory at ``offset``, in the file of that identity (`Driver.identity`)."""
+    return _TRACKING.pack(_TRACKING_VERSION, trusted, offset, zlib.crc32(directory), identity)
 
 
-def trusted_entries(header: Header, directory: bytes | bytearray) -> int:
+def trusted_entries(header: Header, directory: bytes | bytearray, identity: int) -> int:
     """How many entries at the start of the directory may be believed though they are marked as in use; 0 where anything is not
-    as this project left it."""
+    as this project left it, or where this is a copy: if it was made while the image was in use, its bits may be older than its
+    data."""
     extension = header.bitmaps
     if extension is None or not header.autoclear & Autoclear.TRACKED:
         return 0
     known = [one.data for one in header.extensions if one.type == ExtensionType.TRACKING]
     if len(known) != 1 or len(known[0]) != _TRACKING.size:
         return 0
-    version, trusted, offset, checksum = _TRACKING.unpack(known[0])
+    version, trusted, offset, checksum, written_in = _TRACKING.unpack(known[0])
     same = version == _TRACKING_VERSION and offset == extension.directory_offset and checksum == zlib.crc32(directory)
+    if written_in and identity and written_in != identity:
+        return 0
     return int(trusted) if same else 0
 
 

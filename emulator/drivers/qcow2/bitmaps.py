@@ -129,7 +129,7 @@ class PersistentBitmaps:
             return
         file = image.storage.file.node
         entries = await read_directory(file, image.header)
-        trusted = trusted_entries(image.header, await read_raw(file, image.header))
+        trusted = trusted_entries(image.header, await read_raw(file, image.header), file.driver.identity())
         for number, entry in enumerate(entries):
             bits = -(-image.size >> entry.granularity_bits)
             believed = not entry.flags & IN_USE or number < trusted
@@ -327,7 +327,7 @@ class PersistentBitmaps:
         BlockError."""
         if self._image.node.read_only or self._image.storage.dead:
             return
-        async with self._lock:
+        async with self._lock, self._storing():
             if self._hopeless or not (self._stored or self._bitmaps()):
                 return
             # What was written before a bitmap began, or was cleared, is not in it: it must not be lost by a crash any more. A
@@ -481,7 +481,9 @@ class PersistentBitmaps:
         header.bitmaps = BitmapsExtension(count, len(raw), offset)
         header.autoclear |= Autoclear.BITMAPS
         if trusted:
-            header.extensions.append(Extension(ExtensionType.TRACKING, tracking_extension(trusted, offset, raw)))
+            identity = self._image.storage.file.node.driver.identity()
+            data = tracking_extension(trusted, offset, raw, identity)
+            header.extensions.append(Extension(ExtensionType.TRACKING, data))
             if header.fits():
                 header.autoclear |= Autoclear.TRACKED
             else:
@@ -504,7 +506,7 @@ class PersistentBitmaps:
     async def finish(self) -> None:
         """Leave the image as others expect it: every bitmap exact, nothing in use but what is inconsistent. All requests are
         done. Raises OSError or BlockError."""
-        async with self._lock:
+        async with self._lock, self._storing():
             self._image.node.bitmaps.follow_size()
             lost = [os.fsdecode(name) for name in self._bitmaps().keys() - self._storable(_Mode.EXACT).keys()]
             if lost:
@@ -516,6 +518,15 @@ class PersistentBitmaps:
             self._hopeless = False
             self._tracking = self._needing_marks()
             self._close_guard()
+
+    @asynccontextmanager
+    async def _storing(self) -> AsyncIterator[None]:
+        """While inside, an OSError says what it was about."""
+        try:
+            yield
+        except OSError as error:
+            text = f"{error.strerror}: the dirty bitmaps of node '{self._image.node.name}' could not be stored in its image"
+            raise OSError(error.errno, text) from error
 
     async def _give_up(self, error: OSError | BlockError) -> None:
         """The tracking cannot go on: see that nobody believes it, and let writes pass."""
