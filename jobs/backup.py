@@ -56,6 +56,8 @@ log = logging.getLogger(__name__)
 
 LIMITED_STEP: Final = 1 << 20
 """Bytes a piece under a speed limit (QEMU's BLOCK_COPY_MAX_BUFFER)."""
+AHEAD: Final = 512 << 10
+"""Bytes from a guest's write on that are copied at once with its own cluster: half a millisecond's work at most."""
 RETRY_AFTER: Final = 0.1
 """Seconds before a copy that failed, and whose error is ignored, is tried again."""
 
@@ -185,7 +187,17 @@ class BackupJob(BlockJob):
             self._driver.moment.want_only(self._frozen_bitmap.runs())
         elif self._plan.sync is Sync.TOP:
             self._driver.base = under(skip_filters(self._source))
+        self._look_ahead()
         self._account()
+
+    def _look_ahead(self) -> None:
+        """Let a guest's write have some of what follows copied along; not past a speed limit."""
+        if self._filter is not None:
+            self._driver.ahead = 0 if self.rate.speed or self._plan.sync is Sync.NONE else AHEAD
+
+    def set_speed(self, speed: int) -> None:
+        super().set_speed(speed)
+        self._look_ahead()
 
     def request_cancel(self, *, force: bool) -> None:
         super().request_cancel(force=force)

@@ -98,7 +98,8 @@ class Watcher(Protocol):
 class CopyBeforeWrite(Driver):
     """See the module. A job sets, before it begins: ``watcher``; ``compressed`` (data is written compressed); ``offloads`` (the
     kernel may copy); ``discard_source`` (what was copied is discarded from the disk);
-    ``base`` (what only layers below it hold is not copied)."""
+    ``base`` (what only layers below it hold is not copied); ``ahead`` (bytes from a guest's write on that the job wants, too:
+    they are copied along where that can be done at once, for less than by themselves)."""
 
     name = "copy-before-write"
     Options = CopyBeforeWriteOptions
@@ -113,6 +114,7 @@ class CopyBeforeWrite(Driver):
         self.offloads = True
         self.discard_source = False
         self.base: Node | None = None
+        self.ahead = 0
         self._late: set[asyncio.Task[None]] = set()
         self._edge = await graph.open_child(self.node, options.file, "file", Role.FILTERED | Role.PRIMARY)
         self._target = await graph.open_child(self.node, options.target, "target", Role.DATA)
@@ -193,7 +195,10 @@ class CopyBeforeWrite(Driver):
         await self._edge.write(offset, data)
 
     def write_now(self, offset: int, data: memoryview) -> bool:
-        if not self._edge.perm & Perm.WRITE or not self.copy_now(*self.moment.align(offset, len(data))):
+        start, end = self.moment.align(offset, len(data))
+        if self.ahead and not self.moment.passes(offset, len(data)):
+            end = max(end, min(start + self.ahead, self.moment.size))
+        if not self._edge.perm & Perm.WRITE or not self.copy_now(start, end):
             return False
         if not self.moment.passes(offset, len(data)):
             return False

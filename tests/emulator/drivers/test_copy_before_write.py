@@ -199,6 +199,27 @@ def test_a_cluster_is_copied_once_and_writes_to_it_are_fast_then(tmp_path: Path)
     asyncio.run(act())
 
 
+def test_what_a_job_wants_is_copied_along_up_to_a_bound_and_only_once(tmp_path: Path) -> None:
+    async def act() -> None:
+        async with fleece(raw(tmp_path), raw_target(tmp_path)) as made:
+            then, moment = await read(made.guest, 0, SIZE), made.filter.moment
+            made.filter.ahead = 4 * CLUSTER
+            whole = moment.dirty
+            assert await write_fast_or_slow(made.guest, CLUSTER + 512, b"1" * 512)
+            assert moment.dirty == whole - 4 * CLUSTER
+            assert await write_fast_or_slow(made.guest, 2 * CLUSTER, b"2" * 512)
+            assert moment.dirty == whole - 4 * CLUSTER, "this cluster was copied with the first"
+            last = SIZE // CLUSTER * CLUSTER
+            assert await write_fast_or_slow(made.guest, last - CLUSTER, b"3" * 512)
+            assert moment.dirty == whole - 6 * CLUSTER, "as far as the disk goes"
+            made.filter.ahead = 0
+            assert await write_fast_or_slow(made.guest, 16 * CLUSTER, b"4" * 512)
+            assert moment.dirty == whole - 7 * CLUSTER
+            assert await read(made.reader, 0, SIZE) == then
+
+    asyncio.run(act())
+
+
 def test_a_write_waits_for_the_read_of_the_moment_that_it_would_change() -> None:
     async def act() -> None:
         async with fleece(MEMORY, MEMORY) as made:
