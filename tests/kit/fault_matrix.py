@@ -64,7 +64,7 @@ class Fault:
 
 IMAGES = {
     "stream": {"source": "base", "target": "top"},
-    "commit": {"source": "mid", "base": "base"},
+    "commit": {"source": "mid", "base": "base", "overlay": "top"},
     "active commit": {"source": "top", "base": "base"},
     "mirror": {"source": "top", "target": "target"},
     "mirror, write-blocking": {"source": "top", "target": "target"},
@@ -90,23 +90,29 @@ def _faults() -> Iterator[Fault]:
     yield Fault("stream", "target", "write", "while it copies", "write_aio")
     yield Fault("stream", "target", "write", "while it copies", "write_aio", space)
     yield Fault("stream", "target", "flush", "at the end", "flush_to_disk")
+    yield Fault("stream", "target", "write", "when its header is changed", "pwritev", late=True)
+    yield Fault("stream", "target", "write", "when its header is changed", "pwritev", space, late=True)
     yield Fault("commit", "source", "read", "while it copies", "read_aio")
     yield Fault("commit", "base", "write", "while it copies", "write_aio")
     yield Fault("commit", "base", "write", "while it copies", "write_aio", space)
     yield Fault("commit", "base", "flush", "at the end", "flush_to_disk")
+    yield Fault("commit", "overlay", "write", "when its header is changed", "pwritev")
+    yield Fault("commit", "overlay", "write", "when its header is changed", "pwritev", space)
     for job in ("active commit", "mirror", "mirror, write-blocking"):
         side = "base" if job == "active commit" else "target"
         yield Fault(job, "source", "read", "while it copies", "read_aio")
         for number in (errno.EIO, space):
             yield Fault(job, side, "write", "while it copies", "write_aio", number)
-        yield Fault(job, side, "flush", "before it is ready", "flush_to_disk")
+        for number in (errno.EIO, space):
+            yield Fault(job, side, "flush", "before it is ready", "flush_to_disk", number)
         for number in (errno.EIO, space):
             yield Fault(job, side, "write", "when it is ready", "write_aio", number, late=True)
         yield Fault(job, side, "flush", "when it completes", "flush_to_disk", late=True)
     yield Fault("backup", "source", "read", "while it copies", "read_aio")
     for number in (errno.EIO, space):
         yield Fault("backup", "target", "write", "while it copies", "write_aio", number)
-    yield Fault("backup", "target", "flush", "at the end", "flush_to_disk")
+    for number in (errno.EIO, space):
+        yield Fault("backup", "target", "flush", "at the end", "flush_to_disk", number)
     for number in (errno.EIO, space):
         yield Fault("backup, sync none", "target", "write", "before a guest's write", "write_aio", number)
     yield Fault("backup, sync none", "source", "read", "before a guest's write", "read_aio")
