@@ -1,7 +1,7 @@
 """Images that another process has now: complete on disk, unlocked, and closed to commands, until the guest comes back.
 
 After a hand-over the source's images are written back and their locks given up (`Driver.inactivate`), from the active layer
-down, and each node gets a blocker that refuses jobs and changes. ``cont`` takes them back (`Driver.activate`) from the bottom
+down, and each node gets a blocker that refuses jobs and changes. ``cont`` takes them back (`block/activity.py`) from the bottom
 up, which fails where somebody else has the lock.
 """
 
@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 
+from livedisk.emulator.block.activity import activate
 from livedisk.emulator.block.blockers import Blocker
 from livedisk.emulator.block.node import Node
 from livedisk.emulator.device.virtio_blk import VirtioBlk
@@ -49,6 +50,8 @@ class Inactive:
         except (OSError, LiveDiskError) as error:
             log.warning("node '%s' after the migration: %s", node.name, error)
             return
+        node.active = False
+        self._daemon.graph.refresh_permissions()
         node.blockers.append(_BLOCKER)
         self._nodes.append(node)
         for edge in list(node.children.values()):
@@ -59,7 +62,7 @@ class Inactive:
         async with self._moving:
             while self._nodes:
                 node = self._nodes[-1]
-                await node.driver.activate()
+                await activate(self._daemon.graph, node)
                 node.blockers.remove(_BLOCKER)
                 self._nodes.pop()
             for device in self._devices:

@@ -66,7 +66,8 @@ class Migration:
         self.outgoing_task: asyncio.Task[None] | None = None
         self.incoming_task: asyncio.Task[None] | None = None
         self.may_continue = asyncio.Event()
-        daemon.run_state.before_run.append(self._take_back)
+        # First: while Go is on its way nothing may be activated.
+        daemon.run_state.before_run.insert(0, self._take_back)
 
     def on(self, capability: MigrationCapability) -> bool:
         """Whether a capability is switched on."""

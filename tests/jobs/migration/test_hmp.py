@@ -65,4 +65,7 @@ def test_a_guest_moves(short_path: Path) -> None:
             r"Migration status: completed\r\ntotal time: \d+ ms\r\ndowntime: \d+ ms\r\nsetup: \d+ ms\r\n",
             from_.human("info migrate"),
         )
+        assert "(null-co, inactive)" in from_.human("info block -n d")
+        from_.execute("cont")
+        assert "inactive" not in from_.human("info block -n d")
         assert "pause-before-switchover: off\r\n" in from_.human("info migrate_capabilities")
