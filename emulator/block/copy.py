@@ -71,18 +71,24 @@ async def copy_range(
     compressed: bool = False,
     leave_zeroes: bool = False,
     offload: bool = True,
+    granule: int = 0,
+    zeroes_as_data: bool = False,
 ) -> None:
     """Make the target read as the source does in the range (bytes, inside both).
 
     ``flags``: how zeroes are written; ``detect_zeroes``: look for them in data too; ``compressed``: write data compressed, for
     which the range must be whole clusters of the target (but for its end); ``leave_zeroes``: write none where the target reads
-    as zeroes already (not for one that will get a backing file); ``offload``: the kernel may move data.
+    as zeroes already (not for one that will get a backing file); ``offload``: the kernel may move data; ``granule``: look for
+    zeroes of so many bytes in data, rounded up to clusters of the target (0: not); ``zeroes_as_data``: write zeroes as data, so
+    that they are allocated.
     Raises CopyFailed; what was copied by then stays.
     """
     _check(source, target, offset, length)
     copier = _Copier(source, target, flags)
     copier.detect_zeroes, copier.leave_zeroes, copier.compressed = detect_zeroes, leave_zeroes, compressed
-    copier.offloads = copier.offloads and offload and not compressed
+    copier.offloads = copier.offloads and offload and not compressed and not granule
+    copier.granule = -(-granule // copier.grain) * copier.grain
+    copier.zeroes_as_data = zeroes_as_data
     await copier.run(offset, offset + length)
 
 
@@ -107,7 +113,8 @@ class _Copier:
         self.source = source
         self.target = target
         self.flags = flags
-        self.detect_zeroes = self.leave_zeroes = self.compressed = False
+        self.detect_zeroes = self.leave_zeroes = self.compressed = self.zeroes_as_data = False
+        self.granule = 0
         self.grain = grain_of(target.node)
         self._of_target = {target.node, *target.node.graph.below(target.node)}
         self.offloads = target.node.driver.copies_in and source.node not in self._of_target
@@ -115,7 +122,7 @@ class _Copier:
     async def run(self, offset: int, end: int) -> None:
         while offset < end:
             length, zero = await self._look(offset, end)
-            if zero:
+            if zero and not self.zeroes_as_data:
                 length = await self._zero(offset, length)
             else:
                 length = await self._move(offset, length)
@@ -183,13 +190,43 @@ class _Copier:
     async def _through_memory(self, offset: int, length: int) -> int:
         with copy_buffer() as buffer, memoryview(buffer) as whole, whole[:length] as data:
             await reading(self.source.read(offset, data))
-            if self.detect_zeroes and is_zero(data):
+            if self.granule:
+                await self._put_sifted(offset, data)
+            elif self.detect_zeroes and is_zero(data):
                 await writing(self.target.node.write_zeroes(offset, length, self.flags))
-            elif self.compressed:
-                await writing(self.target.node.write_compressed(offset, data))
             else:
-                await writing(self.target.write(offset, data))
+                await self._put(offset, data)
         return length
+
+    async def _put(self, offset: int, data: memoryview) -> None:
+        if self.compressed:
+            await writing(self.target.node.write_compressed(offset, data))
+        else:
+            await writing(self.target.write(offset, data))
+
+    async def _put_sifted(self, offset: int, data: memoryview) -> None:
+        """Write data, and zeroes where a whole granule of the disk, or what is here of it, is zeroes."""
+        length, start = len(data), 0
+        while start < length:
+            stop, zero = start, None
+            while stop < length:
+                step = min(self.granule - (offset + stop) % self.granule, length - stop)
+                with data[stop : stop + step] as part:
+                    found = is_zero(part)
+                if zero is not None and found is not zero:
+                    break
+                zero, stop = found, stop + step
+            if zero:
+                await self._zero_all(offset + start, stop - start)
+            else:
+                with data[start:stop] as part:
+                    await self._put(offset + start, part)
+            start = stop
+
+    async def _zero_all(self, offset: int, length: int) -> None:
+        end = offset + length
+        while offset < end:
+            offset += await self._zero(offset, end - offset)
 
 
 def _check(source: Edge, target: Edge, offset: int, length: int) -> None:

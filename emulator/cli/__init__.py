@@ -12,7 +12,7 @@ import sys
 COMMANDS = {
     "serve": ("livedisk.emulator.cli.serve", "serve", "serve one image over NBD, with one line"),
     "daemon": ("livedisk.emulator.cli.daemon", "daemon", "run an emulated disk: QEMU's options, QMP, NBD"),
-    "img": ("livedisk.emulator.cli.img", "img", "make, check, repair, amend, snapshot and look at qcow2 images"),
+    "img": ("livedisk.emulator.cli.img", "img", "make, check, repair, convert, compare, snapshot and look at images"),
     "jobs": ("livedisk.emulator.cli.jobs", "jobs", "show what the jobs do: bars, rates, and what they wait for"),
     "graph": (
         "livedisk.emulator.cli.graph",

@@ -114,7 +114,7 @@ def judge(start: bytes, name: str) -> str:
     if not probe(start):
         if name.endswith((".qcow2", ".qcow")) and is_path(name):
             raise LiveDiskError(f"{name} is named like a qcow2 image but is none; say -f raw to serve its bytes")
-        log.warning("no format given (-f); serving %s as raw", name)
+        log.warning("no format given (-f); taking %s as raw", name)
         return "raw"
     header = parse_header(start, Purpose.READ)
     if (header.backing_file or header.has_data_file) and not name.endswith((".qcow2", ".qcow")):

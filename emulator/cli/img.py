@@ -1,4 +1,4 @@
-"""``livedisk img``: make, check, repair and look at qcow2 images that nobody is using.
+"""``livedisk img``: make, check, repair, copy and look at images that nobody is using.
 
 The words of the options, the JSON and the exit codes are qemu-img's, so that scripts may call either. What it prints for
 people is close to qemu-img's, not equal.
@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import sys
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncIterator, Callable, Container, Coroutine
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
     from livedisk.emulator.drivers.qcow2.create import CreateOptions
 
 SETTINGS: dict[str, Any] = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
-_OUTPUT = click.option(
+OUTPUT = click.option(
     "--output", type=click.Choice(["human", "json"]), default="human", show_default=True, help="For people or programs."
 )
 IMAGE = click.argument("image", type=click.Path())
@@ -44,9 +45,24 @@ Exit status (qemu-img's):
 """
 
 
-@click.group("img", context_settings=SETTINGS)
+class _Group(click.Group):
+    """Usage errors end with 1, as qemu-img's: 2 means that an image is damaged, or could not be compared."""
+
+    def main(self, *args: Any, **extra: Any) -> Any:
+        try:
+            code = super().main(*args, **{**extra, "standalone_mode": False})
+        except click.ClickException as error:
+            error.show()
+            sys.exit(1)
+        except click.Abort:
+            click.echo("Aborted!", err=True)
+            sys.exit(1)
+        sys.exit(code if isinstance(code, int) else 0)
+
+
+@click.group("img", cls=_Group, context_settings=SETTINGS)
 def img() -> None:
-    """Make, check, repair and look at qcow2 images. Options, JSON and exit codes are qemu-img's."""
+    """Make, check, repair, convert, compare and look at images. Options, JSON and exit codes are qemu-img's."""
 
 
 def run_to_end(work: Callable[[], Coroutine[Any, Any, int]]) -> None:
@@ -61,7 +77,7 @@ def run_to_end(work: Callable[[], Coroutine[Any, Any, int]]) -> None:
         hint = getattr(error, "hint", "")
         if hint:
             click.echo(hint, err=True)
-        code = 1
+        code = getattr(error, "code", 1)
     sys.exit(code)
 
 
@@ -87,48 +103,72 @@ _VERSIONS = {"0.10": "v2", "1.1": "v3"}
 
 @img.command("create", context_settings=SETTINGS)
 @click.option(
-    "-f",
-    "fmt",
-    type=click.Choice(["qcow2"]),
-    default="qcow2",
-    expose_value=False,
-    help="The image's format; only qcow2 can be made.",
+    "-f", "fmt", metavar="FORMAT", default="qcow2", show_default=True, help="The image's format: qcow2 or raw."
 )
 @click.option("-o", "words", metavar="NAME=VALUE,...", multiple=True, help="Creation options, as qemu-img's.")
 @click.option("-b", "backing", metavar="FILE", help="The backing file.")
 @click.option("-F", "backing_fmt", metavar="FORMAT", help="The backing file's format; needed with -b.")
+@click.option("-u", "unsafe", is_flag=True, help="Do not look at the backing file, which need not be there.")
 @click.option("-q", "quiet", is_flag=True, help="Print nothing.")
 @IMAGE
 @click.argument("size", required=False)
 def create_command(
-    words: tuple[str, ...], backing: str | None, backing_fmt: str | None, quiet: bool, image: str, size: str | None
+    fmt: str,
+    words: tuple[str, ...],
+    backing: str | None,
+    backing_fmt: str | None,
+    unsafe: bool,
+    quiet: bool,
+    image: str,
+    size: str | None,
 ) -> None:
-    """Make the qcow2 image IMAGE of SIZE bytes (suffixes k, M, G, T, P, E; may be left out with a backing file).
+    """Make the image IMAGE of SIZE bytes (suffixes k, M, G, T, P, E; may be left out with a backing file).
 
     \b
-    Creation options (-o): backing_file, backing_fmt, cluster_size, compat (0.10 or 1.1), compression_type (zlib, zstd),
-    data_file, data_file_raw, extended_l2, lazy_refcounts, nocow, preallocation (off, metadata, falloc, full),
-    refcount_bits, size.
+    Creation options (-o) of qcow2: backing_file, backing_fmt, cluster_size, compat (0.10 or 1.1), compression_type (zlib,
+    zstd), data_file, data_file_raw, extended_l2, lazy_refcounts, nocow, preallocation (off, metadata, falloc, full),
+    refcount_bits, size; of raw: nocow, preallocation, size.
     """
 
     async def work() -> int:
-        given = _creation_words(words)
+        from livedisk.emulator.cli.img_open import check_format
+
+        check_format(fmt, f"{image}: Unknown file format")
+        if fmt not in ("qcow2", "raw"):
+            raise BlockError(f"{image}: Format driver '{fmt}' does not support image creation")
+        given = creation_words(words, _LEGACY if fmt == "qcow2" else RAW_OPTIONS)
         if size is not None and "size" in given:
             raise ParameterError("The image size must be specified only once")
         for name, value in (("backing_file", backing), ("backing_fmt", backing_fmt), ("size", size)):
             if value is not None:
                 given[name] = value
-        nocow = switch_of("nocow", given.pop("nocow", "off"))
-        options = await _creation_options(given, image)
-        await _create(image, options, nocow=nocow)
+        nocow = switch_of("nocow", given.get("nocow", "off"))
+        line = await (_create_qcow2(image, given, nocow, unsafe) if fmt == "qcow2" else create_raw(image, given, nocow))
         if not quiet:
-            click.echo(f"Formatting '{image}', fmt=qcow2 {_described(options)}")
+            click.echo(f"Formatting '{image}', fmt={fmt} {line}{' nocow=on' if nocow else ''}")
         return 0
 
     run_to_end(work)
 
 
-async def _create(name: str, options: CreateOptions, *, nocow: bool) -> None:
+RAW_OPTIONS = ("nocow", "preallocation", "size")
+"""qemu-img's creation options of a raw file."""
+
+
+async def _create_qcow2(image: str, given: dict[str, str], nocow: bool, unsafe: bool) -> str:
+    """Make the image; what qemu-img says of it. Raises LiveDiskError, OSError."""
+    given = {name: value for name, value in given.items() if name != "nocow"}
+    if "backing_file" in given and "backing_fmt" in given and not unsafe:
+        found = await _backing_size(image, given["backing_file"], given["backing_fmt"])
+        given.setdefault("size", str(found))
+    if unsafe and "size" not in given:
+        raise BlockError("Image creation needs a size parameter")
+    options = await creation_options(given, image)
+    await create_qcow2(image, options, nocow=nocow)
+    return _described(options, given)
+
+
+async def create_qcow2(name: str, options: CreateOptions, *, nocow: bool) -> None:
     """Into a file, or into what is there already where that is not one of this host's."""
     from livedisk.emulator.cli.images import is_path
     from livedisk.emulator.daemon import Daemon
@@ -146,7 +186,28 @@ async def _create(name: str, options: CreateOptions, *, nocow: bool) -> None:
         await daemon.close()
 
 
-def _creation_words(words: tuple[str, ...]) -> dict[str, str]:
+async def create_raw(image: str, given: dict[str, str], nocow: bool) -> str:
+    """Make a raw file; what qemu-img says of it. Raises LiveDiskError, OSError."""
+    from livedisk.emulator.block.graph import Graph
+    from livedisk.emulator.block.types import Preallocation
+    from livedisk.emulator.drivers.file_create import BlockdevCreateOptionsFile, create
+
+    if "backing_file" in given or "backing_fmt" in given:
+        raise BlockError(f"{image}: Backing file not supported for file format 'raw'")
+    if "size" not in given:
+        raise BlockError(f"{image}: Image creation needs a size parameter")
+    size, mode = size_of("image size", given["size"]), given.get("preallocation", "off")
+    if mode not in [one.value for one in Preallocation]:
+        raise ParameterError(f"{image}: Parameter 'preallocation' does not accept value '{mode}'")
+    options = BlockdevCreateOptionsFile(
+        driver="file", filename=image, size=-(-size // 512) * 512, preallocation=Preallocation(mode), nocow=nocow
+    )
+    await create(Graph(), options)
+    return f"size={size}" + (f" preallocation={mode}" if "preallocation" in given else "")
+
+
+def creation_words(words: tuple[str, ...], known: Container[str] = _LEGACY) -> dict[str, str]:
+    """What ``-o`` says, by name. Raises ParameterError for a name that is not ``known``."""
     from livedisk.emulator.qmp.keyval import split_fields
 
     found: dict[str, str] = {}
@@ -155,7 +216,7 @@ def _creation_words(words: tuple[str, ...]) -> dict[str, str]:
             name, equals, value = item.partition("=")
             if name == "encryption" or name.startswith("encrypt."):
                 raise ParameterError(f"'{name}': encryption of qcow2 images is not supported")
-            if name not in _LEGACY:
+            if name not in known:
                 raise ParameterError(f"Invalid parameter '{name}'")
             found[name] = value if equals else "on"
     return found
@@ -176,7 +237,7 @@ def size_of(name: str, text: str) -> int:
     return size
 
 
-async def _creation_options(given: dict[str, str], image: str) -> CreateOptions:
+async def creation_options(given: dict[str, str], image: str) -> CreateOptions:
     """Typed options from qemu-img's words. Raises ParameterError, BlockError."""
     from livedisk.emulator.drivers.qcow2.create import CreateOptions
 
@@ -208,13 +269,24 @@ async def _creation_options(given: dict[str, str], image: str) -> CreateOptions:
 async def _backing_size(image: str, backing: str, fmt: str) -> int:
     from livedisk.emulator.qmp.filenames import combine
 
-    async with opened(combine(image, backing), fmt) as node:
-        return node.size
+    try:
+        async with opened(combine(image, backing), fmt) as node:
+            return node.size
+    except LiveDiskError as error:
+        raise BlockError(f"{image}: {error}\nCould not open backing image.", hint=error.hint) from None
 
 
-def _described(options: CreateOptions) -> str:
-    values = msgspec.to_builtins(options)
-    return " ".join(f"{name.replace('-', '_')}={_on_off(value)}" for name, value in values.items())
+def _described(options: CreateOptions, given: dict[str, str]) -> str:
+    """The options in qemu-img's order: those that it gives a default, and those that were given."""
+    words = [f"cluster_size={options.cluster_size}", f"extended_l2={_on_off(options.extended_l2)}"]
+    words += [f"preallocation={given['preallocation']}"] if "preallocation" in given else []
+    words += [f"compression_type={options.compression_type}", f"size={size_of('image size', given['size'])}"]
+    words += [f"{name}={given[name]}" for name in ("data_file", "data_file_raw") if name in given]
+    words += [f"{name}={given[name].replace(',', ',,')}" for name in ("backing_file", "backing_fmt") if name in given]
+    words += [f"compat={given['compat']}"] if "compat" in given else []
+    return " ".join(
+        [*words, f"lazy_refcounts={_on_off(options.lazy_refcounts)}", f"refcount_bits={options.refcount_bits}"]
+    )
 
 
 def _on_off(value: Any) -> str:
@@ -226,44 +298,29 @@ def _on_off(value: Any) -> str:
 # -- opening -----------------------------------------------------------------------------------------------------------
 @asynccontextmanager
 async def opened(
-    name: str, fmt: str | None, *, writable: bool = False, force_share: bool = False
+    path: str, fmt: str | None, *, writable: bool = False, force_share: bool = False
 ) -> AsyncIterator[Node]:
-    """The image open in a graph of its own; ``fmt`` "file" is the file, or the export that an NBD name means, itself;
-    None: what the image is."""
-    from livedisk.emulator.block.backend import BlockBackend
-    from livedisk.emulator.block.permissions import Perm
-    from livedisk.emulator.cli.images import image_options
-    from livedisk.emulator.daemon import Daemon
-    from livedisk.emulator.qmp.registry import load_plugins
+    """The image open in a graph of its own; ``fmt`` "file" is the file, or the export that an NBD name means, itself; None:
+    what the image is."""
+    from livedisk.emulator.cli.img_open import images
 
-    load_plugins()
-    graph = (daemon := Daemon()).graph
-    backend = BlockBackend(graph)
-    try:
-        options = await image_options(daemon, name, fmt)
-        options = msgspec.structs.replace(options, read_only=not writable, force_share=force_share)
-        node = await graph.open(options)
-        perm = Perm.CONSISTENT_READ | (Perm.WRITE | Perm.RESIZE if writable else Perm.NONE)
-        # Who looks at the bare file of a format shares it as the format would: with nobody who writes.
-        bare = fmt == "file" and not force_share
-        shared = Perm.CONSISTENT_READ | Perm.WRITE_UNCHANGED if bare else Perm.ALL
-        graph.attach_root(backend, node, perm, shared)
-        yield node
-    finally:
-        await graph.detach_root(backend)
-        await graph.close()
+    async with images() as made:
+        backend = await made.open(path, fmt, writable=writable, force_share=force_share)
+        yield backend.node
 
 
 # -- check -------------------------------------------------------------------------------------------------------------
 @img.command("check", help=CHECK_HELP, context_settings=SETTINGS)
-@click.option("-f", "fmt", metavar="FORMAT", default="qcow2", help="The image's format; only qcow2 can be checked.")
+@click.option("-f", "fmt", metavar="FORMAT", help="The image's format; only qcow2 can be checked.")
 @click.option("-r", "repair_what", type=click.Choice(["leaks", "all"]), help="Repair leaks, or all errors.")
 @click.option("-q", "quiet", is_flag=True, help="Print nothing but errors.")
 @click.option("-U", "--force-share", is_flag=True, help="Check although a writer has the image open.")
-@_OUTPUT
+@OUTPUT
 @IMAGE
-def check_command(fmt: str, repair_what: str | None, quiet: bool, force_share: bool, output: str, image: str) -> None:
-    if fmt != "qcow2":
+def check_command(
+    fmt: str | None, repair_what: str | None, quiet: bool, force_share: bool, output: str, image: str
+) -> None:
+    if (fmt or _look(image)) != "qcow2":
         click.echo("livedisk img: This image format does not support checks", err=True)
         sys.exit(63)
     if force_share and repair_what:
@@ -272,6 +329,16 @@ def check_command(fmt: str, repair_what: str | None, quiet: bool, force_share: b
     run_to_end(
         lambda: _check(image, repair_what, report, quiet=quiet, as_json=output == "json", force_share=force_share)
     )
+
+
+def _look(image: str) -> str:
+    """What to check an image as. One that is named like qcow2 is taken for it, however damaged its header is."""
+    from livedisk.emulator.drivers.qcow2.header import probe
+
+    if image.endswith((".qcow2", ".qcow")) or not os.path.isfile(image):
+        return "qcow2"
+    with open(image, "rb") as file:
+        return "qcow2" if probe(file.read(512)) else "raw"
 
 
 async def _check(
@@ -300,7 +367,7 @@ async def _check(
             click.echo(f"livedisk img: Check failed: {error}", err=True)
             return 1
     if as_json:
-        _print_json(result.to_json(image))
+        print_json(result.to_json(image))
     elif not quiet:
         click.echo(_summary(result))
     return 1 if result.check_errors else 2 if result.corruptions else 3 if result.leaks else 0
@@ -332,7 +399,7 @@ def _summary(result: CheckResult) -> str:
     return "\n".join(lines)
 
 
-def _print_json(value: Any) -> None:
+def print_json(value: Any) -> None:
     from livedisk.emulator.qmp.encode import encode_pretty
 
     click.echo(encode_pretty(value).decode("ascii").replace("\r\n", "\n"), nl=False)
@@ -343,22 +410,28 @@ def _print_json(value: Any) -> None:
 @click.option("-f", "fmt", metavar="FORMAT", help="The image's format; what its header says if not given.")
 @click.option("-U", "--force-share", is_flag=True, help="Look although a writer has the image open.")
 @click.option("--backing-chain", is_flag=True, help="Also all backing files, from the top down.")
-@_OUTPUT
+@OUTPUT
 @IMAGE
 def info_command(fmt: str | None, force_share: bool, backing_chain: bool, output: str, image: str) -> None:
     """Say what IMAGE is."""
 
     async def work() -> int:
-        from livedisk.emulator.qmp.query_block import node_info
+        from livedisk.emulator.cli.images import is_path
+        from livedisk.emulator.cli.img_open import images
 
         found: list[dict[str, Any]] = []
-        async with opened(image, fmt, force_share=force_share) as top:
+        # Only who asks for the chain needs it to be there.
+        alone: dict[str, Any] = {} if backing_chain else {"backing": None}
+        async with images() as made:
+            top = (await made.open(image, fmt, force_share=force_share, **alone)).node
             node: Node | None = top
             while node is not None:
-                found.append(msgspec.to_builtins((await node_info(node, deep=False)).image))
+                found.append(await _graph_info(node))
                 node = node.backing.node if backing_chain and node.backing is not None else None
+            if top.backing is None and is_path(image):
+                found[0]["filename"] = image  # not by the options that keep its backing file out
         if output == "json":
-            _print_json(found if backing_chain else found[0])
+            print_json(found if backing_chain else found[0])
         else:
             click.echo("\n\n".join(_described_info(info) for info in found))
         return 0
@@ -366,8 +439,41 @@ def info_command(fmt: str | None, force_share: bool, backing_chain: bool, output
     run_to_end(work)
 
 
-def _described_info(info: dict[str, Any]) -> str:
+async def _graph_info(node: Node) -> dict[str, Any]:
+    """QEMU's BlockGraphInfo: an image, and what it stands in; not what it stands on."""
+    from livedisk.emulator.qmp.query_block import node_info
+
+    children = [
+        {"name": name, "info": await _graph_info(edge.node)}
+        for name, edge in node.children.items()
+        if name != "backing"
+    ]
+    info: dict[str, Any] = msgspec.to_builtins((await node_info(node, deep=False)).image)
+    return {"children": children, **info}
+
+
+def _described_child(info: dict[str, Any], path: str) -> list[str]:
     from livedisk.emulator.qmp.hmp_block import human_size
+
+    size = info["virtual-size"]
+    lines = [
+        f"Child node '{path}':",
+        f"    filename: {info['filename']}",
+        f"    protocol type: {info['format']}",
+        f"    file length: {human_size(size)} ({size} bytes)",
+    ]
+    if "actual-size" in info:
+        lines.append(f"    disk size: {human_size(info['actual-size'])}")
+    data = info.get("format-specific", {}).get("data", {})
+    if data:
+        lines += ["    Format specific information:", *_members(data, "        ")]
+    return lines + [
+        line for child in info["children"] for line in _described_child(child["info"], f"{path}/{child['name']}")
+    ]
+
+
+def _described_info(info: dict[str, Any]) -> str:
+    from livedisk.emulator.qmp.hmp_block import human_size, snapshot_table
 
     size = info["virtual-size"]
     lines = [
@@ -384,11 +490,14 @@ def _described_info(info: dict[str, Any]) -> str:
         lines.append(f"backing file: {info['backing-filename']}{actual}")
     if "backing-filename-format" in info:
         lines.append(f"backing file format: {info['backing-filename-format']}")
-    lines += [f"snapshot: {entry['id']} {entry['name']}" for entry in info.get("snapshots", [])]
+    if info.get("snapshots"):
+        lines += ["Snapshot list:", *snapshot_table(info["snapshots"])]
     data = info.get("format-specific", {}).get("data", {})
     if data:
         lines.append("Format specific information:")
         lines += _members(data, "    ")
+    for child in info["children"]:
+        lines += _described_child(child["info"], f"/{child['name']}")
     return "\n".join(lines)
 
 
@@ -426,14 +535,25 @@ class _Extent:
 @img.command("map", context_settings=SETTINGS)
 @click.option("-f", "fmt", metavar="FORMAT", help="The image's format; what its header says if not given.")
 @click.option("-U", "--force-share", is_flag=True, help="Look although a writer has the image open.")
-@_OUTPUT
+@click.option("-s", "--start-offset", "start_offset", metavar="OFFSET", help="Begin there.")
+@click.option("-l", "--max-length", "max_length", metavar="LENGTH", help="Look at so many bytes at most.")
+@OUTPUT
 @IMAGE
-def map_command(fmt: str | None, force_share: bool, output: str, image: str) -> None:
+def map_command(
+    fmt: str | None,
+    force_share: bool,
+    start_offset: str | None,
+    max_length: str | None,
+    output: str,
+    image: str,
+) -> None:
     """Say where each part of IMAGE stands: in which image of the chain, and at which offset."""
 
     async def work() -> int:
+        low = size_of("start offset", start_offset) if start_offset is not None else 0
+        most = size_of("max length", max_length) if max_length is not None else 1 << 63
         async with opened(image, fmt, force_share=force_share) as node:
-            extents = [found async for found in _extents(node)]
+            extents = [found async for found in _extents(node, low, min(node.size, low + most))]
         if output == "json":
             rows = [_map_entry(start, length, extent) for start, length, extent in extents]
             click.echo("[" + ",\n".join(rows) + "]")
@@ -443,14 +563,14 @@ def map_command(fmt: str | None, force_share: bool, output: str, image: str) -> 
             if extent.compressed:
                 raise BlockError("File contains external, encrypted or compressed clusters.")
             if extent.data and not extent.zero:
-                click.echo(f"{_hex(start):<16}{_hex(length):<16}{_hex(extent.offset or 0):<16}{extent.filename}")
+                places = (start, length, extent.offset or 0)
+                click.echo("".join(f"{_hex(number):<16}" for number in places) + str(extent.filename))
         return 0
 
     run_to_end(work)
 
 
 def _hex(number: int) -> str:
-    """As C's %#x has it."""
     return f"{number:#x}" if number else "0"
 
 
@@ -462,12 +582,12 @@ def _map_entry(start: int, length: int, extent: _Extent) -> str:
     return "{ " + json.dumps(entry)[1:-1] + "}"
 
 
-async def _extents(node: Node) -> AsyncIterator[tuple[int, int, _Extent]]:
-    """The whole image in ranges that are alike, as far as possible joined."""
-    start, length, current = 0, 0, None
-    while start + length < node.size:
+async def _extents(node: Node, start: int, end: int) -> AsyncIterator[tuple[int, int, _Extent]]:
+    """The image from ``start`` to ``end`` in ranges that are alike, as far as possible joined."""
+    length, current = 0, None
+    while start + length < end:
         at = start + length
-        step, extent = await _extent(node, at, node.size - at)
+        step, extent = await _extent(node, at, end - at)
         if current is not None and _continues(current, length, extent):
             length += step
             continue
@@ -507,6 +627,34 @@ async def _extent(node: Node, offset: int, length: int) -> tuple[int, _Extent]:
 
 
 # Here, because it needs what stands above.
-from livedisk.emulator.cli import img_bitmap, img_snapshot  # noqa: E402
+from livedisk.emulator.cli import (  # noqa: E402
+    img_bitmap,
+    img_chain,
+    img_compare,
+    img_convert,
+    img_measure,
+    img_snapshot,
+)
 
-__all__ = ["IMAGE", "SETTINGS", "img", "img_bitmap", "img_snapshot", "opened", "run_to_end", "size_of", "switch_of"]
+__all__ = [
+    "IMAGE",
+    "OUTPUT",
+    "RAW_OPTIONS",
+    "SETTINGS",
+    "create_qcow2",
+    "create_raw",
+    "creation_options",
+    "creation_words",
+    "img",
+    "img_bitmap",
+    "img_chain",
+    "img_compare",
+    "img_convert",
+    "img_measure",
+    "img_snapshot",
+    "opened",
+    "print_json",
+    "run_to_end",
+    "size_of",
+    "switch_of",
+]

@@ -257,7 +257,7 @@ class Blkdebug(OpaqueFilter):
         return None
 
     def dirty_flag(self) -> bool | None:
-        return False
+        return self.below.driver.dirty_flag()
 
 
 def _perms(given: list[BlockPermission] | Unset) -> Perm:

@@ -134,7 +134,7 @@ class Blkverify(OpaqueFilter):
         return None
 
     def dirty_flag(self) -> bool | None:
-        return False
+        return self.node.children["raw"].node.driver.dirty_flag()
 
 
 register(Blkverify)

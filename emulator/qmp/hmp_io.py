@@ -100,7 +100,7 @@ async def qemu_io(ctx: Context, args: dict[str, Any]) -> str:
     try:
         await execute(target, args["command"])
     except LiveDiskError as error:
-        target.tell(str(error))
+        target.tell("\n".join(filter(None, (str(error), error.hint))))
     finally:
         lines, target.output = target.output, []
         if target.pending:

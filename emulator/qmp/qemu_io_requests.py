@@ -402,7 +402,10 @@ async def _allocated_run(target: Target, offset: int, length: int) -> tuple[bool
 async def map_(target: Target, arguments: list[str]) -> None:
     offset, end = 0, target.backend.size
     while offset < end:
-        allocated, run = await _allocated_run(target, offset, end - offset)
+        try:
+            allocated, run = await _allocated_run(target, offset, end - offset)
+        except OSError as error:
+            raise Refused(f"Failed to get allocation status: {error.strerror}") from None
         if not run:
             raise Refused("Unexpected end of image")
         what = "    allocated" if allocated else "not allocated"

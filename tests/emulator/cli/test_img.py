@@ -37,9 +37,9 @@ def test_map_info_and_check_are_qemu_imgs(name: str, tmp_path: Path) -> None:
     assert as_json("check", "--output=json", path) == json.loads(qemu_img("check", "--output=json", path))
     theirs = json.loads(qemu_img("info", "--output=json", path))
     ours = as_json("info", "--output=json", path)
-    del theirs["children"]
     if name == "data-file":  # QEMU leaves the data file closed and so does not count it
         assert ours.pop("actual-size") >= theirs.pop("actual-size")
+        assert ours["children"].pop()["name"] == "data-file"
     assert ours == theirs
 
 
