@@ -461,6 +461,61 @@ def test_a_write_that_waits_for_a_mark_that_fails_makes_its_own(
     asyncio.run(all_dirty(path, {0, 10 << 20, 20 << 20}))
 
 
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_power_cut_while_the_tracking_ends_leaves_no_bitmap_too_clean(variant: str, tmp_path: Path) -> None:
+    """A mark cannot be written. Wherever the power goes from then on, a bitmap is inconsistent or says all that was written."""
+    path = create(tmp_path / "image.qcow2", SIZE, options=VARIANTS[variant])
+    qemu_img("bitmap", "--add", "-g", str(STEP), path, "x")
+    qemu_img("bitmap", "--add", "-g", str(STEP), "--disable", path, "exact")
+    platter = Platter(path.read_bytes())
+    chance = random.Random(variant)
+    cuts: list[tuple[str, bytes, Granules]] = []
+    written: Granules = set()
+    failed = False
+
+    def cut(reached: Point | None) -> None:
+        nonlocal failed
+        if reached is Point.BITMAP_DATA:
+            failed = True
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        if failed:
+            for _ in range(4):
+                name = "barrier" if reached is None else reached.value
+                cuts.append((name, platter.after_power_cut(chance.randrange(1 << 30)), set(written)))
+
+    async def scene() -> None:
+        async with opened(CrashDiskOptions(driver="crash-disk", platter=platter)) as disk:
+            await disk.write(20 << 20, b"x" * STEP)  # it is tracked
+            written.add((20 << 20) // STEP)
+            await disk.backend.flush()
+            disk.image.storage.observer = cut
+            for offset in (5 << 20, 10 << 20):
+                await disk.write(offset, b"y" * STEP)
+                written.add(offset // STEP)
+                await disk.backend.flush()
+            cut(None)
+            disk.image.storage.observer = None
+
+    asyncio.run(scene())
+    assert {"header", "bitmap-directory", "barrier"} <= {name for name, _, _ in cuts}
+    believed = 0
+
+    async def look(name: str, least: Granules) -> None:
+        nonlocal believed
+        async with opened(path, writable=bool(path.read_bytes()[79] & 1)) as disk:
+            bitmap = disk.node.bitmaps.get("x")
+            if not bitmap.inconsistent:
+                believed += 1
+                assert not least - said(disk, "x"), name
+
+    for name, content, least in cuts:
+        path.write_bytes(content)
+        assert run(["qemu-img", "check", "-r", "all", "-f", "qcow2", path], expect=None).returncode in (0, 3)
+        path.write_bytes(content)
+        asyncio.run(look(name, least))
+    assert believed < len(cuts), "once its end is on the disk it is not believed"
+
+
 def crashed(tmp_path: Path) -> Path:
     """An image with a tracked bitmap ``x``, as a power cut left it."""
     path = create(tmp_path / "image.qcow2", SIZE)
