@@ -795,7 +795,7 @@ class Operator:
         line.chain = [name for name in line.chain if name not in asked.removes]
         if asked.puts_on:
             line.chain.append(asked.puts_on)
-        if line.saved is not None and line.saved.node in asked.removes:
+        if line.saved is not None and line.saved.node != line.top:  # the guest went over to an image without it
             self.lose_bitmap(line)
         if asked.target and asked.moment is not None:
             await self._check_copy(asked)
