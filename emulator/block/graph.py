@@ -362,13 +362,22 @@ class Graph:
         first failure is raised at the end.
         """
         failures: list[BaseException] = []
-        for backend in list(self.backends):
-            try:
-                await self.detach_root(backend)
-            except BaseException as error:
-                failures.append(error)
+        detached: set[BlockBackend] = set()
         while self.nodes:
-            top = next(node for node in self.nodes.values() if not node.parents)  # there is one: no cycles
+            # Whoever closes in an orderly way, a job's end for example, may take hold of a node while another is closed.
+            for backend in [backend for backend in self.backends if backend not in detached]:
+                detached.add(backend)
+                try:
+                    await self.detach_root(backend)
+                except BaseException as error:
+                    failures.append(error)
+            top = next((node for node in self.nodes.values() if not node.parents), None)
+            if top is None:  # no cycles: somebody holds them all
+                holders = {edge.parent_description for node in self.nodes.values() for edge in node.parents}
+                failures.append(
+                    BlockError(f"Nodes could not be closed: they are in use by {', '.join(sorted(holders))}")
+                )
+                break
             top.monitor_owned = False
             try:
                 await self.release(top)

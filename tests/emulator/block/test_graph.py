@@ -204,6 +204,18 @@ def test_closing_takes_off_what_is_still_attached() -> None:
     graph_test(body)
 
 
+def test_who_takes_hold_of_a_node_while_all_are_closed_is_taken_off_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def body(graph: Graph) -> None:
+        first, second = [await graph.add(parse({"node-name": name, **NULL})) for name in ("first", "second")]
+
+        async def close() -> None:
+            graph.attach_root(BlockBackend(graph, "late"), second, Perm.CONSISTENT_READ, Perm.ALL)
+
+        monkeypatch.setattr(first.driver, "close", close)
+
+    graph_test(body)
+
+
 def test_a_node_that_cannot_be_closed_keeps_no_other_from_being_closed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
