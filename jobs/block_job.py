@@ -27,6 +27,7 @@ from livedisk.emulator.block.blockers import Blocker
 from livedisk.emulator.block.graph import Graph
 from livedisk.emulator.block.node import Edge, Node
 from livedisk.emulator.block.permissions import Perm
+from livedisk.emulator.block.slow_drain import told_if_slow
 from livedisk.emulator.device.policy import Action, OnError, action_for, settled
 from livedisk.emulator.errors import BlockError
 from livedisk.jobs.events import (
@@ -170,6 +171,14 @@ class BlockJob(Job):
                 yield
         finally:
             self.drains_itself = False
+
+    async def over(self) -> None:
+        """As of any job; a target without an answer does not hold up the daemon's end for ever."""
+        with told_if_slow(self.graph, f"job '{self.id}' is over", self._nodes):
+            await super().over()
+
+    def _nodes(self) -> list[Node]:
+        return [backend.root.node for backend in self._backends if backend.root is not None]
 
     # -- speed -------------------------------------------------------------------------------------------------------
     def set_speed(self, speed: int) -> None:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import signal
 import time
 from pathlib import Path
 
+import pytest
+
 from kit.livedisk import Daemon
-from kit.qemu import check, create, info, qemu_io, read_all
+from kit.qemu import QemuNbd, check, create, info, qemu_io, read_all
 from kit.qmp import Qmp
 
 
@@ -60,3 +63,23 @@ def test_a_stream_that_ends_does_not_stand_on_the_filter_of_one_that_ended_meanw
     assert [Path(layer["filename"]).name for layer in info(short_path / "D", "--backing-chain")] == ["D", "B"]
     for name in "BD":
         check(short_path / name)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(120)
+def test_the_daemon_ends_although_a_jobs_target_gives_no_answer(short_path: Path) -> None:
+    """It waits for half a minute, says for what, and gives the target up."""
+    options = chain(short_path)
+    create(short_path / "t", "1M", format="raw")
+    target = {"driver": "nbd", "node-name": "t", "server": {"type": "unix", "path": str(short_path / "far.nbd")}}
+    with (
+        QemuNbd(short_path, short_path / "t", name="far") as far,
+        Daemon(short_path, *options, "--blockdev", json.dumps(target)) as daemon,
+        daemon.qmp() as qmp,
+    ):
+        far.child.send_signal(signal.SIGSTOP)
+        qmp.execute("blockdev-mirror", job_id="j", device="D", target="t", sync="full")
+        daemon.child.terminate()
+        assert daemon.child.wait(100) == 0
+        assert "node 't': requests without an answer are given up" in daemon.log.read_text()
+        far.child.send_signal(signal.SIGCONT)
