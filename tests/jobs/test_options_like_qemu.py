@@ -422,6 +422,8 @@ $ rm -f e.qcow2
 (QEMU) block-job-change id=j type=mirror copy-mode=background
 (QEMU) block-job-pause device=j
 (event) JOB_STATUS_CHANGE id=j status=paused
+(QEMU) job-complete id=nosuch
+(QEMU) job-complete id=nosuch
 (look)
 (QEMU) block-job-cancel device=j
 (QEMU) block-job-resume device=j
