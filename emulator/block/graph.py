@@ -372,11 +372,10 @@ class Graph:
                 except BaseException as error:
                     failures.append(error)
             top = next((node for node in self.nodes.values() if not node.parents), None)
-            if top is None:  # no cycles: somebody holds them all
-                holders = {edge.parent_description for node in self.nodes.values() for edge in node.parents}
-                failures.append(
-                    BlockError(f"Nodes could not be closed: they are in use by {', '.join(sorted(holders))}")
-                )
+            if top is None:
+                if self.nodes:  # no cycles: somebody holds them all
+                    holders = sorted({edge.parent_description for node in self.nodes.values() for edge in node.parents})
+                    failures.append(BlockError(f"Nodes could not be closed: {', '.join(holders)} holds them"))
                 break
             top.monitor_owned = False
             try:
