@@ -112,6 +112,7 @@ async def prepare_add(ctx: Context, args: BlockDirtyBitmapAdd, run: Run) -> None
     if not args.name:
         raise BlockError("Bitmap name cannot be empty")
     node = find_node(ctx, args.node, args.node)
+    await run.still(node)
     granularity = args.granularity if isinstance(args.granularity, int) else node.bitmaps.default_granularity()
     if granularity < MIN_GRANULARITY or granularity & (granularity - 1):
         raise BlockError(f"Granularity must be power of 2 and at least {MIN_GRANULARITY}")
@@ -126,6 +127,7 @@ async def prepare_add(ctx: Context, args: BlockDirtyBitmapAdd, run: Run) -> None
 async def prepare_remove(ctx: Context, args: BlockDirtyBitmap, run: Run) -> None:
     """Set the bitmap aside; it goes when the transaction succeeds."""
     node, bitmap = find_bitmap(ctx, args.node, args.name)
+    await run.still(node)
     bitmap.check_removable()
     bitmap.busy = bitmap.removing = True
 
@@ -140,6 +142,7 @@ async def prepare_remove(ctx: Context, args: BlockDirtyBitmap, run: Run) -> None
 async def prepare_clear(ctx: Context, args: BlockDirtyBitmap, run: Run) -> None:
     """Clear the bitmap; undone with what was written since."""
     node, bitmap = find_bitmap(ctx, args.node, args.name)
+    await run.still(node)
     bitmap.check_usable()
     _undoable(bitmap, run)
     bitmap.clear()
@@ -150,6 +153,7 @@ async def prepare_clear(ctx: Context, args: BlockDirtyBitmap, run: Run) -> None:
 async def prepare_enable(ctx: Context, args: BlockDirtyBitmap, run: Run) -> None:
     """Have writes recorded."""
     node, bitmap = find_bitmap(ctx, args.node, args.name)
+    await run.still(node)
     bitmap.check_usable(allow_read_only=True)
     if bitmap.disabled:
         bitmap.enable()
@@ -161,6 +165,7 @@ async def prepare_enable(ctx: Context, args: BlockDirtyBitmap, run: Run) -> None
 async def prepare_disable(ctx: Context, args: BlockDirtyBitmap, run: Run) -> None:
     """Have no writes recorded. Undone as if it had recorded all the time."""
     node, bitmap = find_bitmap(ctx, args.node, args.name)
+    await run.still(node)
     bitmap.check_usable(allow_read_only=True)
     if not bitmap.disabled:
         undo = Undo(bitmap)
@@ -175,6 +180,8 @@ async def prepare_disable(ctx: Context, args: BlockDirtyBitmap, run: Run) -> Non
 async def prepare_merge(ctx: Context, args: BlockDirtyBitmapMerge, run: Run) -> None:
     """Add the sources to the target; it stays as it is if one of them cannot be used."""
     node, target = find_bitmap(ctx, args.node, args.target)
+    others = [find_bitmap(ctx, one.node, one.name)[0] for one in args.bitmaps if not isinstance(one, str)]
+    await run.still(node, *others)
     sources: list[DirtyBitmap] = []
     for source in args.bitmaps:
         bitmap = node.bitmaps.get(source) if isinstance(source, str) else find_bitmap(ctx, source.node, source.name)[1]

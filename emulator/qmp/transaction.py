@@ -62,8 +62,9 @@ class Run:
     ``properties``: the transaction's own. ``shared``: what several actions of one kind have in common, by its class.
     """
 
-    def __init__(self, ctx: Context, properties: TransactionProperties) -> None:
+    def __init__(self, ctx: Context, properties: TransactionProperties, *, several: bool = False) -> None:
         self.properties = properties
+        self._several = several
         self.steps = Transaction()
         self.shared: dict[type, Any] = {}
         self._earlier: list[tuple[Transaction, Callable[[], Awaitable[None]]]] = []
@@ -75,6 +76,13 @@ class Run:
     async def drain(self, node: Node) -> None:
         """Keep all requests off the node until the transaction is over; on return none is in flight."""
         await self._held.enter_async_context(self._graph.drained(node))
+
+    async def still(self, *nodes: Node) -> None:
+        """Let nobody write to the nodes between this action and the others, if there are any: what one says of the writes so
+        far is what the next begins with (a bitmap merged into that of an overlay, one that follows another)."""
+        if self._several:
+            for node in nodes:
+                await self.drain(node)
 
     def undo_by(self, call: Callable[[], Awaitable[None]]) -> None:
         """What was just done is undone by awaiting ``call``, in its turn among ``steps``. It must not fail."""
@@ -161,7 +169,7 @@ async def transaction(ctx: Context, args: TransactionArguments) -> None:
 
 async def run_actions(ctx: Context, actions: list[TransactionAction], properties: TransactionProperties) -> None:
     """Prepare all, then commit all; or undo those that were prepared, and raise."""
-    run = Run(ctx, properties)
+    run = Run(ctx, properties, several=len(actions) > 1)
     for one in actions:
         if properties.completion_mode is ActionCompletionMode.GROUPED and one.type not in _GROUPED:
             raise BlockError(f"Action '{one.type}' does not support transaction property completion-mode = grouped")
