@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import mmap
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Final
@@ -125,6 +125,18 @@ class Extents:
         except (OSError, ValueError):  # ValueError: past the end of the file
             return False
         return True
+
+
+async def write_through_memory(
+    extents: Extents, offset: int, write: Callable[[int, memoryview], Awaitable[None]]
+) -> None:
+    """Read ``extents`` and ``write(offset, data)`` them, a buffer at a time: where the kernel cannot move them. Raises
+    SourceUnreadable, or what ``write`` raises."""
+    with copy_buffer() as buffer:
+        for start in range(0, len(extents), len(buffer)):
+            with memoryview(buffer) as whole, whole[: len(extents) - start] as part:
+                await extents[start : start + len(part)].read(part)
+                await write(offset + start, part)
 
 
 async def copy_extents(extents: Extents, target: HostFile, offset: int, *, flushed: bool) -> None:

@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from livedisk.emulator.block.bitmaps import Bitmaps
 from livedisk.emulator.block.debug import Event, primary, tell
-from livedisk.emulator.block.extents import Extents, copy_buffer
+from livedisk.emulator.block.extents import Extents, write_through_memory
 from livedisk.emulator.block.permissions import Perm, Role
 from livedisk.emulator.block.types import DetectZeroes, Discard, Kind, NotMapped, Preallocation, Segment, ZeroFlags
 
@@ -403,7 +403,7 @@ class Node:
         self.check_writable()
         looks = self.detect_zeroes is not DetectZeroes.OFF
         if not self.driver.copies_in or (looks and await extents.may_be_zero()):
-            await self._write_extents(offset, extents)
+            await write_through_memory(extents, offset, self.write)
             return
         step, length = self.driver.request_alignment, len(extents)
         if (offset | length) % step:
@@ -415,13 +415,6 @@ class Node:
         finally:
             self.written(offset, length)
             self._end(request)
-
-    async def _write_extents(self, offset: int, extents: Extents) -> None:
-        with copy_buffer() as buffer:
-            for start in range(0, len(extents), len(buffer)):
-                with memoryview(buffer) as whole, whole[: len(extents) - start] as part:
-                    await extents[start : start + len(part)].read(part)
-                    await self.write(offset + start, part)
 
     async def write_zeroes(
         self, offset: int, length: int, flags: ZeroFlags = ZeroFlags.NONE, *, fua: bool = False

@@ -29,7 +29,7 @@ import msgspec
 
 from livedisk.emulator.block.driver import Driver, Ended, register
 from livedisk.emulator.block.extents import Extents as HostExtents
-from livedisk.emulator.block.extents import SourceUnreadable, copy_buffer
+from livedisk.emulator.block.extents import SourceUnreadable, write_through_memory
 from livedisk.emulator.block.sockets import InetAddress, VsockAddress, connect, shown
 from livedisk.emulator.block.status import BlockStatus, Status
 from livedisk.emulator.block.types import SECTOR, Kind, Preallocation, Segment, ZeroFlags, whole_sectors
@@ -317,7 +317,7 @@ class NbdDriver(Driver):
         length = len(extents)
         inside = offset + length <= self._told_size and not (offset | length) % self.request_alignment
         if not inside or not await extents.warm():
-            await self._copy_through_memory(offset, extents)
+            await write_through_memory(extents, offset, self.write)
             return
         step = min(_FILE_STEP, self._longest)
         async with self._copies:
@@ -340,13 +340,6 @@ class NbdDriver(Driver):
         await self._link.request(Command.WRITE, offset, len(payload), payload=payload)
         if payload.error is not None:
             raise SourceUnreadable(payload.error.errno, payload.error.strerror)
-
-    async def _copy_through_memory(self, offset: int, extents: HostExtents) -> None:
-        with copy_buffer() as buffer:
-            for start in range(0, len(extents), len(buffer)):
-                with memoryview(buffer) as whole, whole[: len(extents) - start] as part:
-                    await extents[start : start + len(part)].read(part)
-                    await self.write(offset + start, part)
 
     def start_write(self, offset: int, data: memoryview, ended: Ended) -> bool:
         if not self._fits(offset, len(data)):
