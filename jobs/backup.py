@@ -22,6 +22,9 @@ is waited for. If a copy for a guest's write fails, the guest's write is done al
 only `on-cbw-error` of a filter set up by hand can say so, fails the guest's write); ``on-cbw-error`` and ``cbw-timeout`` choose
 otherwise. The target is put on stable storage before the job is said to have succeeded (QEMU: when it is closed).
 
+What guests' writes leave in small pieces is copied at once, in turns with the guests (`Turns`); a guest's first write to a
+cluster has what follows copied along (`AHEAD`): both cost less than a task.
+
 ``total`` is what is to be copied, in bytes of whole clusters. Memory: `LANES` copies of 2 MiB at most (none where the host copies
 from file to file), and what the filter takes for guests' writes: 40 MiB. Source: QEMU ``block/backup.c``,
 ``block/block-copy.c``; every message was asked from QEMU 10.0.2.

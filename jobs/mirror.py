@@ -8,9 +8,10 @@ the *background* copy mode the map hangs on the filter as a dirty tracker, and w
 *write-blocking* mode each write goes to the target, too, before it is acknowledged, so that nothing gets dirty and the mirror
 converges however fast the guest writes; `block-job-change` switches to it while the job runs.
 
-The loop copies dirty runs, several at once. Bits are cleared before the source is read, so that a write meanwhile sets them
-again; two copies, or a copy and a mirrored write, never work on the same bytes at a time (`Lanes`): older bytes are never
-written over newer ones. When nothing is dirty the first time the job is READY.
+The loop copies dirty runs, several at once, small ones without a task (`block.copy.copy_now`). Bits are cleared before the
+source is read, so that a write meanwhile sets them again; two copies, or a copy and a mirrored write, never work on the
+same bytes at a time (`Lanes`): older bytes are never written over newer ones. When nothing is dirty the first time the job
+is READY.
 
 The end (`prepare`) happens with the guest held: what is dirty by then is copied, the target flushed, and, if the job was
 completed, the guest's edges move to the target in one step. If any of it fails, the guest stays on the source.

@@ -9,6 +9,8 @@ in one of two ways:
   range covers only in part (the target reads around them, and must not while the source is pinned), and where the target, or
   what it shows, is part of the source.
 
+A few bytes of data for which nothing has to be waited are copied without a task at all (`copy_now`).
+
 Pieces are whole clusters of the target: zeroes shorter than a cluster are copied as data. Both ways go through the nodes' own
 requests, so that a copy is in flight on them, waits for what overlaps, and marks the target's dirty trackers. Neither keeps
 anybody off the range between the read and the write: a caller with a guest that writes to the source or the target does that

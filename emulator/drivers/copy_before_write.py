@@ -259,9 +259,11 @@ class CopyBeforeWrite(Driver):
         """Copy what is dirty in the clusters of a range at once: a task, and a place among those that wait, would cost more than
         the copy of a few clusters. False: `copy` must do some of it."""
         moment = self.moment
-        while moment.broken is None and (found := moment.next_dirty(start, end, GUEST_STEP)) is not None:
-            if self.compressed or self.discard_source or self.base is not None or self._is_fleecing():
-                return False
+        if moment.broken is not None or moment.next_dirty(start, end, GUEST_STEP) is None:
+            return True
+        if self.compressed or self.discard_source or self.base is not None or self._is_fleecing():
+            return False
+        while (found := moment.next_dirty(start, end, GUEST_STEP)) is not None:
             if not copy_now(self._edge, self._target, *found):
                 return False
             self._copied(moment.take(*found))
