@@ -30,9 +30,10 @@ import pytest
 from kit.clients import Clients
 from kit.livedisk import Daemon
 from kit.peers import run
-from kit.qemu import check, info, qemu_img, read_all
+from kit.qemu import info, qemu_img, read_all
 from kit.qmp import Qmp, QmpError
 from kit.sector_history import SECTOR, Impossible, Look, SectorHistory
+from kit.soak_disks import drawn_mirror, repair
 
 SECTORS: Final = 8192
 SIZE: Final = SECTORS * SECTOR
@@ -79,7 +80,8 @@ class Disk:
         """The daemon is gone: look at everything that it left, and go on with that."""
         refused: list[str] = []
         for top in dict.fromkeys([self.chain[-1], *self.tops]):
-            self._repair(top, crashed=crashed)
+            for name in self.on_disk(top):
+                repair(self.path(name), crashed=crashed)
             image = read_all(self.path(top), self.folder)
             try:
                 self.history.check_crash(image) if crashed else None
@@ -91,16 +93,6 @@ class Disk:
             self.tops = []
             return
         raise AssertionError(f"no chain has all that was flushed: {refused}")
-
-    def _repair(self, top: str, *, crashed: bool) -> None:
-        for name in self.on_disk(top):
-            path = self.path(name)
-            if crashed and path.read_bytes()[79] & 1:  # lazy refcounts: the image says that it needs a repair
-                run(["qemu-img", "check", "-r", "all", path], expect=None)
-            check(path, leaks=crashed)
-            if crashed:
-                run(["qemu-img", "check", "-r", "leaks", path], expect=None)
-                check(path)
 
 
 @dataclass
@@ -195,18 +187,8 @@ class Soak(Clients):
         below = {"full": [], "top": chain[:-1], "none": chain}[sync]
         end = self.chance.choice(("complete", "complete", "cancel")) if sync != "none" else "complete"
         target = disk.new_image(below[-1] if below else None)
-        arguments: dict[str, Any] = {
-            "device": chain[-1], "sync": sync, "copy-mode": self.chance.choice(("background", "write-blocking")),
-            "granularity": self.chance.choice((4096, 65536, 1 << 20)),
-        }  # fmt: skip
-        if sync == "none" or self.chance.random() < 0.5:
-            name = "drive-mirror"
-            # With existing, what the header names is opened anew when the guest goes over: by names that nobody knows.
-            mode = self.chance.choice(("existing", "absolute-paths")) if sync == "full" else "absolute-paths"
-            arguments |= {"target": str(disk.path(target)), "node-name": target, "format": "qcow2", "mode": mode}
-        else:
-            name = "blockdev-mirror"
-            arguments["target"] = target
+        name, arguments = drawn_mirror(self.chance, chain[-1], sync, target, disk.path(target))
+        if name == "blockdev-mirror":
             file = {"driver": "file", "filename": str(disk.path(target)), "discard": "unmap"}
             await self.command(
                 "blockdev-add", driver="qcow2", node_name=target, file=file, discard="unmap",
