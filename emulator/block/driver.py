@@ -224,8 +224,9 @@ class Driver(ABC):
         raise OSError(errno.EACCES, os.strerror(errno.EACCES))
 
     def write_now(self, offset: int, data: memoryview) -> bool:
-        """Write without awaiting, allocating if need be: True; or False, having changed nothing: `write` does it. Optional, for
-        speed; called from the fast path while no request in flight touches the range. Raises OSError as `write` does."""
+        """Write without awaiting, allocating if need be: True; or False, with nothing or a part of it written: `write` does it
+        all, and counts it. Optional, for speed; called from the fast path while no request in flight touches the range. Raises
+        OSError as `write` does."""
         return False
 
     async def copy_in(self, offset: int, extents: Extents) -> None:
