@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from livedisk.emulator.qmp.context import Context
-from livedisk.emulator.qmp.hmp import COMMANDS, HmpError, hmp_command
+from livedisk.emulator.qmp.hmp import COMMANDS, Handler, HmpError, hmp_command
 from livedisk.emulator.qmp.hmp_block import print_block_info
 from livedisk.emulator.qmp.registry import registry, to_wire
 
@@ -18,6 +18,16 @@ async def ask(ctx: Context, command: str, **arguments: Any) -> Any:
     """What a QMP command answers, as JSON values. Raises what it raises."""
     members = {name.replace("_", "-"): value for name, value in arguments.items()}
     return to_wire(await registry.execute(ctx, command, members))
+
+
+def passed_on(command: str) -> Handler:
+    """What handles a line whose arguments are those of a QMP command, and prints nothing."""
+
+    async def handle(ctx: Context, args: dict[str, Any]) -> str:
+        await ask(ctx, command, **args)
+        return ""
+
+    return handle
 
 
 @hmp_command("help|?", args="name:S?", params="[cmd]", help="show the help")

@@ -14,7 +14,7 @@ from livedisk.emulator.device import drive_options
 from livedisk.emulator.errors import DeviceNotFound, LiveDiskError
 from livedisk.emulator.qmp.context import Context
 from livedisk.emulator.qmp.hmp import HmpError, hmp_command
-from livedisk.emulator.qmp.hmp_commands import ask
+from livedisk.emulator.qmp.hmp_commands import ask, passed_on
 from livedisk.emulator.qmp.keyval import parse_opts, parse_text
 from livedisk.emulator.qmp.registry import registry, to_wire
 
@@ -132,45 +132,36 @@ async def block_stream(ctx: Context, args: Args) -> str:
     return ""
 
 
-@hmp_command(
+hmp_command(
     "block_job_set_speed",
     args="device:B,speed:o",
     params="device speed",
     help="set maximum speed for a background block operation",
-)
-async def block_job_set_speed(ctx: Context, args: Args) -> str:
-    await ask(ctx, "block-job-set-speed", **args)
-    return ""
+)(passed_on("block-job-set-speed"))
 
 
-@hmp_command(
+hmp_command(
     "block_job_cancel",
     args="force:-f,device:B",
     params="[-f] device",
     help="stop an active background block operation (use -f\n\t\t\t if you want to abort the operation immediately\n"
     "\t\t\t instead of keep running until data is in sync)",
+)(passed_on("block-job-cancel"))
+
+
+hmp_command("block_job_pause", args="device:B", params="device", help="pause an active background block operation")(
+    passed_on("block-job-pause")
 )
-async def block_job_cancel(ctx: Context, args: Args) -> str:
-    await ask(ctx, "block-job-cancel", **args)
-    return ""
 
 
-@hmp_command("block_job_pause", args="device:B", params="device", help="pause an active background block operation")
-async def block_job_pause(ctx: Context, args: Args) -> str:
-    await ask(ctx, "block-job-pause", **args)
-    return ""
+hmp_command("block_job_resume", args="device:B", params="device", help="resume a paused background block operation")(
+    passed_on("block-job-resume")
+)
 
 
-@hmp_command("block_job_resume", args="device:B", params="device", help="resume a paused background block operation")
-async def block_job_resume(ctx: Context, args: Args) -> str:
-    await ask(ctx, "block-job-resume", **args)
-    return ""
-
-
-@hmp_command("block_job_complete", args="device:B", params="device", help="stop an active background block operation")
-async def block_job_complete(ctx: Context, args: Args) -> str:
-    await ask(ctx, "block-job-complete", **args)
-    return ""
+hmp_command("block_job_complete", args="device:B", params="device", help="stop an active background block operation")(
+    passed_on("block-job-complete")
+)
 
 
 def _copy(args: Args) -> dict[str, Any]:
@@ -232,29 +223,23 @@ async def snapshot_blkdev(ctx: Context, args: Args) -> str:
     return ""
 
 
-@hmp_command(
+hmp_command(
     "snapshot_blkdev_internal",
     args="device:B,name:s",
     params="device name",
     help="take an internal snapshot of device.\n\t\t\tThe format of the image used by device must\n"
     "\t\t\tsupport it, such as qcow2.\n\t\t\t",
-)
-async def snapshot_blkdev_internal(ctx: Context, args: Args) -> str:
-    await ask(ctx, "blockdev-snapshot-internal-sync", **args)
-    return ""
+)(passed_on("blockdev-snapshot-internal-sync"))
 
 
-@hmp_command(
+hmp_command(
     "snapshot_delete_blkdev_internal",
     args="device:B,name:s,id:s?",
     params="device name [id]",
     help="delete an internal snapshot of device.\n\t\t\tIf id is specified, qemu will try delete\n"
     "\t\t\tthe snapshot matching both id and name.\n\t\t\tThe format of the image used by device must\n"
     "\t\t\tsupport it, such as qcow2.\n\t\t\t",
-)
-async def snapshot_delete_blkdev_internal(ctx: Context, args: Args) -> str:
-    await ask(ctx, "blockdev-snapshot-delete-internal-sync", **args)
-    return ""
+)(passed_on("blockdev-snapshot-delete-internal-sync"))
 
 
 # -- the NBD server ----------------------------------------------------------------------------------------------------
@@ -292,15 +277,12 @@ def _address(text: str) -> dict[str, Any]:
     return {"type": "inet", "data": {"host": match[1].strip("[]"), "port": match[2]}}
 
 
-@hmp_command(
+hmp_command(
     "nbd_server_add",
     args="writable:-w,device:B,name:s?",
     params="nbd_server_add [-w] device [name]",
     help="export a block device via NBD",
-)
-async def nbd_server_add(ctx: Context, args: Args) -> str:
-    await ask(ctx, "nbd-server-add", **args)
-    return ""
+)(passed_on("nbd-server-add"))
 
 
 @hmp_command(

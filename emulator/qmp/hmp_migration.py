@@ -11,7 +11,7 @@ from typing import Any
 from livedisk.emulator.errors import LiveDiskError
 from livedisk.emulator.qmp.context import Context
 from livedisk.emulator.qmp.hmp import hmp_command
-from livedisk.emulator.qmp.hmp_commands import ask
+from livedisk.emulator.qmp.hmp_commands import ask, passed_on
 
 Args = dict[str, Any]
 
@@ -39,12 +39,9 @@ async def migrate_continue(ctx: Context, args: Args) -> str:
     return ""
 
 
-@hmp_command(
+hmp_command(
     "migrate_incoming", args="uri:s", params="uri", help="Continue an incoming migration from an -incoming defer"
-)
-async def migrate_incoming(ctx: Context, args: Args) -> str:
-    await ask(ctx, "migrate-incoming", **args)
-    return ""
+)(passed_on("migrate-incoming"))
 
 
 @hmp_command(

@@ -18,7 +18,7 @@ from livedisk.emulator.qmp.context import Context
 from livedisk.emulator.qmp.encode import encode_pretty
 from livedisk.emulator.qmp.hmp import hmp_command
 from livedisk.emulator.qmp.hmp_block import human_size, snapshot_table
-from livedisk.emulator.qmp.hmp_commands import ask
+from livedisk.emulator.qmp.hmp_commands import ask, passed_on
 from livedisk.emulator.qmp.keyval import parse_opts, parse_text
 from livedisk.emulator.qmp.registry import registry
 from livedisk.emulator.qmp.visit import KEYVAL
@@ -80,10 +80,7 @@ async def object_add(ctx: Context, args: Args) -> str:
     return ""
 
 
-@hmp_command("object_del", args="id:s", params="id", help="destroy QOM object")
-async def object_del(ctx: Context, args: Args) -> str:
-    await ask(ctx, "object-del", **args)
-    return ""
+hmp_command("object_del", args="id:s", params="id", help="destroy QOM object")(passed_on("object-del"))
 
 
 @hmp_command("info iothreads", help="show iothreads")
@@ -143,10 +140,7 @@ async def device_add(ctx: Context, args: Args) -> str:
     return ""
 
 
-@hmp_command("device_del", args="id:s", params="device", help="remove device")
-async def device_del(ctx: Context, args: Args) -> str:
-    await ask(ctx, "device_del", **args)
-    return ""
+hmp_command("device_del", args="id:s", params="device", help="remove device")(passed_on("device_del"))
 
 
 @hmp_command("stop|s", help="stop emulation")
@@ -217,24 +211,17 @@ async def chardev_change(ctx: Context, args: Args) -> str:
     return ""
 
 
-@hmp_command("chardev-remove", args="id:s", params="id", help="remove chardev")
-async def chardev_remove(ctx: Context, args: Args) -> str:
-    await ask(ctx, "chardev-remove", **args)
-    return ""
+hmp_command("chardev-remove", args="id:s", params="id", help="remove chardev")(passed_on("chardev-remove"))
 
 
-@hmp_command("chardev-send-break", args="id:s", params="id", help="send a break on chardev")
-async def chardev_send_break(ctx: Context, args: Args) -> str:
-    await ask(ctx, "chardev-send-break", **args)
-    return ""
-
-
-@hmp_command(
-    "ringbuf_write", args="device:s,data:s", params="device data", help="Write to a ring buffer character device"
+hmp_command("chardev-send-break", args="id:s", params="id", help="send a break on chardev")(
+    passed_on("chardev-send-break")
 )
-async def ringbuf_write(ctx: Context, args: Args) -> str:
-    await ask(ctx, "ringbuf-write", **args)
-    return ""
+
+
+hmp_command(
+    "ringbuf_write", args="device:s,data:s", params="device data", help="Write to a ring buffer character device"
+)(passed_on("ringbuf-write"))
 
 
 @hmp_command(
@@ -253,20 +240,14 @@ async def info_chardev(ctx: Context, args: Args) -> str:
 
 
 # -- descriptors -------------------------------------------------------------------------------------------------------
-@hmp_command(
+hmp_command(
     "getfd", args="fdname:s", params="getfd name", help="receive a file descriptor via SCM rights and assign it a name"
-)
-async def getfd(ctx: Context, args: Args) -> str:
-    await ask(ctx, "getfd", **args)
-    return ""
+)(passed_on("getfd"))
 
 
-@hmp_command(
+hmp_command(
     "closefd",
     args="fdname:s",
     params="closefd name",
     help="close a file descriptor previously passed via SCM rights",
-)
-async def closefd(ctx: Context, args: Args) -> str:
-    await ask(ctx, "closefd", **args)
-    return ""
+)(passed_on("closefd"))
