@@ -7,7 +7,7 @@ Together, the disk and the target show the moment at which the filter was made: 
 it (`jobs/backup.py`). Which cluster is where, who copies and who reads is kept in `PointInTime`; this driver moves the bytes.
 
 * Reads of the guest show the disk straight and stay on the fast path. So do writes to clusters that were copied already:
-  only they are mapped as writable in place.
+  only they are mapped as writable in place. A first write has its cluster copied at once if nothing must be waited for.
 * ``bitmap`` (a dirty bitmap of any node): only what it says at this moment is kept.
 * ``on-cbw-error``: when a cluster cannot be copied, either the guest's write fails (*break-guest-write*), or the guest goes
   on and the moment is lost (*break-snapshot*): whoever reads or copies it then fails.
