@@ -96,7 +96,9 @@ SCRIPTS: dict[str, list[Step]] = {
             "readv -q 0 1",
         ),
         *("writev 0 4G", "writev 0 1x", "writev 0 1G 1G 1G", "readv -P 300 0 1", "writev -C 0 64k", "writev -f 0 1k"),
-        *("readv 16M 64k", "writev 16M 64k", "aio_write -P 3 0 64k", "aio_read -P 3 0 64k", "aio_read -P 4 0 64k"),
+        *("readv 16M 64k", "writev 16M 64k"),
+        # When an aio_ request prints is up to the disk, unless it is waited for.
+        *("aio_write -P 3 0 64k", "aio_flush", "aio_read -P 3 0 64k", "aio_flush", "aio_read -P 4 0 64k", "aio_flush"),
         *(
             "aio_read -v 0 16",
             "aio_flush",
@@ -105,7 +107,8 @@ SCRIPTS: dict[str, list[Step]] = {
             "aio_write -u 0 64k",
             "aio_write -i 0 64k",
         ),
-        *("aio_read -i 0 64k", "aio_read 16M 64k", "aio_write 16M 64k", "aio_read -q 0 64k"),
+        *("aio_read -i 0 64k", "aio_flush", "aio_read 16M 64k", "aio_flush", "aio_write 16M 64k", "aio_flush"),
+        *("aio_read -q 0 64k", "aio_flush"),
     ),
     "the image": [
         *at(
@@ -146,9 +149,9 @@ SCRIPTS: dict[str, list[Step]] = {
             "aio_write 0 512",
         ),
         *at("d", "write 0 512", "read 0 512"),
-        *at(
-            "-d virtio0/virtio-backend", "write -P 1 0 512", "read -P 1 0 512", "aio_write -P 2 0 512", "aio_read 0 1k"
-        ),
+        # When an aio_ request prints is up to the disk, unless it is waited for.
+        *at("-d virtio0/virtio-backend", "write -P 1 0 512", "read -P 1 0 512", "aio_write -P 2 0 512", "aio_flush"),
+        *at("-d virtio0/virtio-backend", "aio_read 0 1k", "aio_flush"),
         *at("-d virtio0/virtio-backend", "aio_read -i 0 1k", "aio_write -i 0 1k", "aio_read 8M 1k", "aio_flush"),
         *at("-d /machine/peripheral/virtio0/virtio-backend", "read -P 2 0 512"),
         *at("-d zz", "read 0 512"),
