@@ -252,11 +252,22 @@ class Daemon:
 
     # -- what parts ask of the whole -----------------------------------------------------------------------------------
     async def _flush_all(self) -> None:
-        """Put every acknowledged write on stable storage."""
+        """Put every acknowledged write on stable storage. Every node has its turn; the first failure is raised at the end."""
+        failures: list[OSError] = []
         for node in list(self.graph.nodes.values()):
             top = not node.parents or any(not isinstance(edge.parent, Node) for edge in node.parents)
-            if top and not node.read_only:
-                await node.flush()
+            if top and not node.read_only and self._is_open(node):
+                try:
+                    await node.flush()
+                except OSError as error:
+                    if self._is_open(node):
+                        failures.append(error)
+        if failures:
+            raise failures[0]
+
+    def _is_open(self, node: Node) -> bool:
+        """False once it was closed, a job's for example, while others were flushed: what it had is on stable storage then."""
+        return self.graph.nodes.get(node.name) is node
 
     def _client_tls(self, creds: str, hostname: str | None) -> Secure:
         return credentials.client_tls(self.objects, creds, hostname).secure

@@ -197,6 +197,7 @@ class FileDriver(Driver):
                 raise
         finally:
             imagelock.give_up(self.host.fd, self._lease)
+            self.host.fd = -1  # the number may soon be another file's
 
     async def inactivate(self) -> None:
         """Let another process have the file: everything is on it, and it is not locked."""

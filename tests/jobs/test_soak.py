@@ -261,10 +261,9 @@ class Soak(Clients):
             if status == "ready" and asked.end and self.chance.random() < 0.4:
                 await self._end(asked)
                 continue
-            if asked.endless and steps > 20:
+            if asked.endless and steps > 20 and not asked.aborted:
                 asked.aborted = True
                 await self.command("block-job-cancel", device="j")
-                asked.endless = False
                 continue
             if steps > FULL_SPEED_AFTER:
                 await self._hurry(asked)

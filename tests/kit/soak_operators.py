@@ -618,7 +618,8 @@ class Operator:
         saved = asked.bitmap
         if saved is None or saved is not line.saved or asked.mode == "never":
             if saved is not None and saved.partial == target:
-                saved.partial = ""  # it is of this moment now, the bitmap of an earlier one
+                # It is of this moment now, the bitmap of an earlier one, and what a failed backup took from that is here only.
+                saved.image, saved.partial = target, ""
             return
         saved.image, saved.partial = target, ""
         line.kept.add(target)

@@ -14,6 +14,7 @@ from kit.livedisk import executable
 from kit.peers import peer
 from kit.places import short_folder
 from kit.process import Process
+from kit.qemu import create, read_all
 from kit.qmp import Qmp, QmpError
 
 NODES = (
@@ -195,3 +196,27 @@ def test_a_write_that_the_host_refuses_stops_the_guest_until_there_is_room(short
         (info,) = qmp.execute("query-block")
         assert info["io-status"] == "ok"
         assert image.read_bytes()[1 << 19 : (1 << 19) + 4096] == bytes([63]) * 4096
+
+
+def test_stop_flushes_every_disk_although_one_cannot_be(short_path: Path) -> None:
+    for name in "ab":
+        create(short_path / f"{name}.qcow2", 1 << 20)
+    broken = f"image.filename={short_path}/a.qcow2,inject-error.0.event=flush_to_disk,inject-error.0.errno=5"
+    line = (
+        *(
+            "-blockdev",
+            f"qcow2,node-name=a,file.driver=blkdebug,file.image.driver=file,file.{broken.replace(',', ',file.')}",
+        ),
+        *("-blockdev", f"qcow2,node-name=b,file.driver=file,file.filename={short_path}/b.qcow2"),
+        *("-device", "virtio-blk,drive=a,id=va", "-device", "virtio-blk,drive=b,id=vb"),
+    )
+    socket = short_path / "nbd"
+    with Machine(short_path, ours(), *line) as machine, Qmp(machine.qmp_socket) as qmp:
+        qmp.call("nbd-server-start", {"addr": {"type": "unix", "data": {"path": str(socket)}}})
+        for name in "ab":
+            qmp.execute("nbd-server-add", device=f"v{name}", name=name, writable=True)
+            libnbd.script(f"nbd+unix:///{name}?socket={socket}", f'h.pwrite(b"{name}" * 65536, 0)')
+        qmp.execute("stop")
+        machine.kill()
+        assert "flushing after stop failed: [Errno 5] Input/output error" in machine.output()
+    assert read_all(short_path / "b.qcow2", short_path)[:65536] == b"b" * 65536
