@@ -83,7 +83,10 @@ class Turns:
 class Lanes:
     """Ranges in which somebody works. ``room``: how many copies of `STEP` bytes or more may be under way; of smaller ones as
     many as have these bytes together, up to four times the number and ``most``. ``bytes``: how many those started by `launch`
-    have under way."""
+    have under way.
+
+    What is launched deals with failures of its copy itself. Anything else that it raises is a mistake, after which nobody knows
+    what was copied: `launch`, `change` or `empty` raises it, once, so that the job fails."""
 
     def __init__(self, room: int = LANES, most: int = 4 * LANES) -> None:
         self.bytes = 0
@@ -92,6 +95,7 @@ class Lanes:
         self._ranges: list[tuple[int, int]] = []
         self._tasks: set[asyncio.Task[None]] = set()
         self._left = asyncio.Event()
+        self._mistake: Exception | None = None
 
     @property
     def full(self) -> bool:
@@ -124,12 +128,15 @@ class Lanes:
         """Start ``work(offset, length)`` as soon as there is room. The range must not be `occupied`."""
         while self.full:
             await self.change()
+        self._check()
         self._ranges.append((offset, offset + length))
         self.bytes += length
 
         async def run() -> None:
             try:
                 await work(offset, length)
+            except Exception as mistake:
+                self._mistake = mistake
             finally:
                 self.bytes -= length
                 self.leave(offset, length)
@@ -142,15 +149,23 @@ class Lanes:
         self._tasks.discard(task)
         self._left.set()
 
+    def _check(self) -> None:
+        mistake, self._mistake = self._mistake, None
+        if mistake is not None:
+            raise mistake
+
     async def change(self) -> None:
         """Wait until somebody leaves."""
+        self._check()
         self._left.clear()
         await self._left.wait()
+        self._check()
 
     async def empty(self) -> None:
         """Wait until nothing that was launched is under way."""
         while self._tasks:
             await asyncio.wait(self._tasks)
+        self._check()
 
 
 __all__ = [

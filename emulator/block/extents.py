@@ -40,15 +40,14 @@ _copiers: Final = ThreadPoolExecutor(4, thread_name_prefix="livedisk-copy")
 @contextmanager
 def copy_buffer() -> Iterator[mmap.mmap]:
     """`COPY_BUFFER` bytes with any content, page aligned. Reused, because to get and clear fresh memory costs as much as to copy.
-    No view of it may be left."""
+    Nobody may use a view of it any more; the traceback of a request that failed may still hold one."""
     buffer = _spare.pop() if _spare else mmap.mmap(-1, COPY_BUFFER)
     try:
         yield buffer
     finally:
         if len(_spare) < _SPARE:
             _spare.append(buffer)
-        else:
-            buffer.close()
+        # Else it goes with its last view: `close` raises where there is one.
 
 
 class SourceUnreadable(OSError):

@@ -45,6 +45,30 @@ def test_small_copies_are_more(size: int, most: int, count: int) -> None:
     assert asyncio.run(fill(Lanes(3, most), size)) == count
 
 
+@pytest.mark.parametrize("how", ["launch", "change", "empty"])
+def test_a_mistake_in_what_was_launched_is_raised_once(how: str) -> None:
+    async def run() -> None:
+        lanes = Lanes(1, 1)
+
+        async def work(offset: int, length: int) -> None:
+            raise ValueError("a mistake")
+
+        async def again() -> None:
+            if how == "launch":
+                await lanes.launch(STEP, STEP, work)
+            else:
+                await getattr(lanes, how)()
+
+        await lanes.launch(0, STEP, work)
+        with pytest.raises(ValueError, match="a mistake"):
+            await again()
+        await lanes.empty()
+        assert lanes.idle
+        assert not lanes.occupied(0, STEP)
+
+    asyncio.run(run())
+
+
 def test_others_have_their_turn_after_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = 0
     monkeypatch.setattr(copy, "monotonic_ns", lambda: clock)

@@ -7,7 +7,7 @@ import errno
 import os
 import random
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import ExitStack, asynccontextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from kit.qcow2_disk import VARIANTS
 from kit.qemu import check, create, info, measure_map, qemu_img, qemu_io
 from livedisk.emulator.block.backend import BlockBackend
 from livedisk.emulator.block.copy import SMALL, CopyFailed, Side, copy_now, copy_range
+from livedisk.emulator.block.extents import COPY_BUFFER, copy_buffer
 from livedisk.emulator.block.permissions import Perm
 from livedisk.emulator.block.types import ZeroFlags
 
@@ -257,6 +258,14 @@ def test_the_side_that_failed_is_told_with_its_error(side: Side, number: int) ->
             await copy(*disks, 0, 1 << 20)
 
     asyncio.run(act())
+
+
+def test_buffers_of_many_copies_that_fail_at_once_may_still_be_looked_at() -> None:
+    views: list[memoryview] = []
+    with ExitStack() as copies:
+        for _ in range(12):  # more than are kept
+            views.append(memoryview(copies.enter_context(copy_buffer())))
+    assert {len(view) for view in views} == {COPY_BUFFER}
 
 
 @pytest.mark.parametrize("side", Side)
