@@ -29,9 +29,8 @@ from typing import Final
 
 from livedisk.emulator.block.extents import COPY_BUFFER, SourceUnreadable, copy_buffer
 from livedisk.emulator.block.node import Edge, Node, is_zero, read_now, write_now
-from livedisk.emulator.block.permissions import Perm
 from livedisk.emulator.block.pins import pinned
-from livedisk.emulator.block.status import BlockStatus, block_status, stored_now
+from livedisk.emulator.block.status import BlockStatus, block_status
 from livedisk.emulator.block.types import ZeroFlags
 
 STEP: Final = COPY_BUFFER
@@ -97,14 +96,12 @@ async def copy_range(
 def copy_now(source: Edge, target: Edge, offset: int, length: int) -> bool:
     """`copy_range` of a few bytes of data without awaiting, and so atomic towards the event loop: True; or False, with nothing
     or a part of it copied, where `copy_range` must do it: more than `SMALL`, zeroes, cold pages, anything that waits or fails."""
-    if length > SMALL or not target.perm & (Perm.WRITE | Perm.WRITE_UNCHANGED):
+    if length > SMALL or not target.may_write:
         return False
     if offset + length > source.node.size or offset + length > target.node.size:
         return False
-    if not stored_now(source.node, offset, length):
-        return False
     with copy_buffer() as buffer, memoryview(buffer) as whole, whole[:length] as data:
-        return read_now(source.node, offset, data) and write_now(target.node, offset, data)
+        return read_now(source.node, offset, data, stored=True) and write_now(target.node, offset, data)
 
 
 class _Copier:
@@ -236,7 +233,7 @@ def _check(source: Edge, target: Edge, offset: int, length: int) -> None:
         if offset + length > edge.node.size:
             what = f"[{offset}, {offset + length}) is outside node '{edge.node.name}' ({edge.node.size} bytes)"
             raise CopyFailed(side, OSError(errno.EIO, f"{os.strerror(errno.EIO)}: {what}"))
-    if not target.perm & (Perm.WRITE | Perm.WRITE_UNCHANGED):
+    if not target.may_write:
         what = f"no write permission on node '{target.node.name}' as '{target.name}'"
         raise CopyFailed(Side.TARGET, PermissionError(errno.EPERM, what))
 

@@ -73,6 +73,8 @@ class Driver(ABC):
     """Options that `parse_filename` gives as the file name of a child."""
     image_children: ClassVar[tuple[str, ...]] = ()
     """Of these, the ones whose names are of images rather than of files."""
+    aligned_children: ClassVar[Collection[str]] = ()
+    """Children, besides the one that shows through, of which what stands at an offset matters for that offset only."""
     protocols: ClassVar[Collection[str]] = ()
     """What stands before the colon of file names that this driver reads itself (`options_of`)."""
     internal: ClassVar[bool] = False
@@ -273,7 +275,7 @@ class Driver(ABC):
         await self.flush_metadata()
         await tell(primary(self.node), Event.FLUSH_TO_DISK)
         for edge in list(self.node.children.values()):
-            if edge.perm & (Perm.WRITE | Perm.WRITE_UNCHANGED):
+            if edge.may_write:
                 await edge.node.flush()
 
     async def truncate(self, size: int, *, exact: bool, prealloc: Preallocation) -> None:

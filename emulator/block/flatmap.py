@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import os
 from array import array
+from bisect import bisect_left
 from typing import TYPE_CHECKING, Final
 
 from livedisk.emulator.block.driver import SLOW_GRANULE, ZERO_GRANULE, Driver
@@ -260,8 +261,9 @@ class FlatMap:
         child = source.node
         if child.size < node.size:
             return None
-        end = min(end, start + segment.length)
-        inside = [number for number in left if number << shift >= start and min(number + 1 << shift, self._size) <= end]
+        end = start + segment.length
+        stop = -(-end >> shift) if end >= self._size else end >> shift
+        inside = left[bisect_left(left, start >> shift) : bisect_left(left, stop)]
         plain = child.detect_zeroes is DetectZeroes.OFF and not child.trackers
         return inside, child, segment.in_place and plain
 

@@ -68,10 +68,10 @@ class DirtyTracker(Protocol):
 class Edge:
     """One parent's use of one node: a name ("file", "backing", "root"), a role and the permissions taken.
 
-    ``frozen`` edges (a job works on the chain) may not be replaced.
+    ``frozen`` edges (a job works on the chain) may not be replaced. ``may_write``: whether the permissions let the parent write.
     """
 
-    __slots__ = ("frozen", "name", "node", "parent", "perm", "role", "shared")
+    __slots__ = ("_perm", "frozen", "may_write", "name", "node", "parent", "role", "shared")
 
     def __init__(self, parent: Parent, node: Node, name: str, role: Role) -> None:
         self.parent = parent
@@ -81,6 +81,16 @@ class Edge:
         self.perm = Perm.NONE
         self.shared = Perm.ALL
         self.frozen = False
+
+    @property
+    def perm(self) -> Perm:
+        """The permissions taken."""
+        return self._perm
+
+    @perm.setter
+    def perm(self, perm: Perm) -> None:
+        self._perm = perm
+        self.may_write = bool(perm & (Perm.WRITE | Perm.WRITE_UNCHANGED))  # asked for every request
 
     @property
     def parent_description(self) -> str:
@@ -93,13 +103,13 @@ class Edge:
 
     async def write(self, offset: int, data: memoryview) -> None:
         """Write to the child. Raises EPERM if the edge does not hold the permission."""
-        if not self.perm & (Perm.WRITE | Perm.WRITE_UNCHANGED):
+        if not self.may_write:
             raise PermissionError(errno.EPERM, f"no write permission on node '{self.node.name}' as '{self.name}'")
         await self.node.write(offset, data)
 
     async def copy_in(self, offset: int, extents: Extents) -> None:
         """Write bytes that stand in host files to the child. Raises EPERM if the edge does not hold the permission."""
-        if not self.perm & (Perm.WRITE | Perm.WRITE_UNCHANGED):
+        if not self.may_write:
             raise PermissionError(errno.EPERM, f"no write permission on node '{self.node.name}' as '{self.name}'")
         await self.node.copy_in(offset, extents)
 
@@ -216,7 +226,7 @@ class Node:
 
     def child_mapping_changed(self, edge: Edge, offset: int, length: int) -> None:
         """Pass on what changed below: the same range for what shows through, everything for what only stores."""
-        if edge.role & (Role.COW | Role.FILTERED):
+        if edge.role & (Role.COW | Role.FILTERED) or edge.name in self.driver.aligned_children:
             self.mapping_changed(offset, length)
         else:
             self.mapping_changed()
@@ -534,43 +544,46 @@ class Node:
         return f"<Node {self.name} {self.options.driver}>"
 
 
-def read_now(node: Node, offset: int, view: memoryview) -> bool:
+def read_now(node: Node, offset: int, view: memoryview, *, stored: bool = False) -> bool:
     """`Node.read` without awaiting, and so atomic towards the event loop: True; or False, with anything in ``view``, where
-    something must be waited for or asked: metadata, cold pages, a request that others wait for, a filter, compressed data."""
+    something must be waited for or asked: metadata, cold pages, a request that others wait for, a filter, compressed data.
+    ``stored``: False, too, where not all of the range is data, as `block_status` has it."""
     position, end = 0, len(view)
     if node.busy and node.barred(offset, end):
         return False
+    driver, size = node.driver, node.size
     while position < end:
         at = offset + position
-        inside = min(end - position, node.size - at)
+        inside = min(end - position, size - at)
         if inside <= 0:
             fill_zeroes(view[position:])
-            return True
+            return not stored
         try:
-            segment = node.driver.map(at, inside)
+            segment = driver.map(at, inside)
         except NotMapped:
             return False
         part = view[position : position + segment.length]
         position += segment.length
         if segment.kind is Kind.DATA:
-            if not _read_data_now(segment, part):
+            if not _read_data_now(driver, segment, part, stored=stored):
                 return False
         elif segment.kind is Kind.UNALLOCATED and node.backing is not None:
-            if not read_now(node.backing.node, at, part):
+            if not read_now(node.backing.node, at, part, stored=stored):
                 return False
-        elif segment.kind in (Kind.UNALLOCATED, Kind.ZERO):
+        elif segment.kind in (Kind.UNALLOCATED, Kind.ZERO) and not stored:
             fill_zeroes(part)
         else:
             return False
     return True
 
 
-def _read_data_now(segment: Segment, part: memoryview) -> bool:
+def _read_data_now(driver: Driver, segment: Segment, part: memoryview, *, stored: bool) -> bool:
     source = segment.source
     if isinstance(source, Edge):
-        return read_now(source.node, segment.offset, part)
+        stored = stored and (driver.shows_through() or driver.may_have_holes())
+        return read_now(source.node, segment.offset, part, stored=stored)
     assert source is not None
-    if source.inline_flags is None:
+    if source.inline_flags is None or (stored and driver.data_run(segment.offset, len(part)) != (True, len(part))):
         return False
     try:
         return os.preadv(source.fd, (part,), segment.offset, source.inline_flags) == len(part)
@@ -615,7 +628,7 @@ def write_now(node: Node, offset: int, data: memoryview) -> bool:
 def _write_in_place_now(segment: Segment, part: memoryview) -> bool:
     source = segment.source
     if isinstance(source, Edge):
-        return bool(source.perm & (Perm.WRITE | Perm.WRITE_UNCHANGED)) and write_now(source.node, segment.offset, part)
+        return source.may_write and write_now(source.node, segment.offset, part)
     assert source is not None
     if not source.inline_writes:
         return False

@@ -8,7 +8,8 @@ The bookkeeping of copy-before-write, without any I/O. A cluster is in one of th
     dropped    never wanted, or wanted no more                  writes pass; reads of the moment fail
 
     dirty ──take──> copying ──copied──> done        dirty ──skip, drop──> dropped        done ──drop──> dropped
-      └──<──failed──┘
+      ├──<──failed──┘                     │
+      └────────────copied_now─────────────┘
 
 * Nobody but who took a cluster copies it. It is copied once; if that failed, it is dirty again.
 * A read of the moment that finds its clusters not done reads the node itself, and has them *frozen* until it is over: a write
@@ -192,6 +193,14 @@ class PointInTime:
         """The target has it."""
         self._done[copy.start >> self._shift : -(-copy.end >> self._shift)] = 1
         self._end(copy)
+
+    def copied_now(self, offset: int, length: int) -> None:
+        """The target has a run that `next_dirty` gave: it was copied at once, so that nobody saw it under way."""
+        first, end = offset >> self._shift, -(-(offset + length) >> self._shift)
+        self._dirty[first:end] = 0
+        self._dirty_count -= end - first
+        self._done[first:end] = 1
+        self._changed(offset, length)
 
     def failed(self, copy: Held) -> None:
         """The target may have a part of it: it must be copied again."""

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from livedisk.emulator.block.hostfile import HostFile
 from livedisk.emulator.block.node import Edge, Node
-from livedisk.emulator.block.types import Kind, NotMapped, Segment
+from livedisk.emulator.block.types import Kind, Segment
 
 
 class Status(enum.IntFlag):
@@ -81,34 +81,6 @@ async def allocation_depth(
     """``(depth, run length)`` of `block_status`, cheaper: the host is not asked for holes."""
     status = await _status_above(node, offset, length, base, include_base, look_for_holes=False)
     return status.depth, status.length
-
-
-def stored_now(node: Node, offset: int, length: int) -> bool:
-    """Whether `block_status` calls the whole range data, without awaiting. False: no, or it must be asked."""
-    while length > 0:
-        if offset >= node.size:
-            return False
-        try:
-            segment = node.driver.map(offset, min(length, node.size - offset))
-        except NotMapped:
-            return False
-        run, source = segment.length, segment.source
-        if segment.kind is Kind.UNALLOCATED:
-            if node.backing is None or not stored_now(node.backing.node, offset, run):
-                return False
-        elif segment.kind is not Kind.DATA:
-            return False
-        elif isinstance(source, HostFile):
-            stored, run = node.driver.data_run(segment.offset, run)
-            if not stored:
-                return False
-        elif node.driver.shows_through() or node.driver.may_have_holes():
-            assert isinstance(source, Edge)
-            if not stored_now(source.node, segment.offset, run):
-                return False
-        offset += run
-        length -= run
-    return True
 
 
 async def _status_above(

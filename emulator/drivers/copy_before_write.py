@@ -106,6 +106,7 @@ class CopyBeforeWrite(Driver):
     options: CopyBeforeWriteOptions
     is_filter = True
     named_as_child = True
+    aligned_children = frozenset({"target"})
 
     async def open(self) -> None:
         graph, options = self.node.graph, self.options
@@ -195,14 +196,16 @@ class CopyBeforeWrite(Driver):
         await self._edge.write(offset, data)
 
     def write_now(self, offset: int, data: memoryview) -> bool:
-        start, end = self.moment.align(offset, len(data))
-        if self.ahead and not self.moment.passes(offset, len(data)):
-            end = max(end, min(start + self.ahead, self.moment.size))
-        if not self._edge.perm & Perm.WRITE or not self.copy_now(start, end):
+        moment, length = self.moment, len(data)
+        if not self._edge.may_write:
             return False
-        if not self.moment.passes(offset, len(data)):
-            return False
-        self.moment.touch(offset, len(data))
+        if not moment.passes(offset, length):
+            start, end = moment.align(offset, length)
+            if not self.copy_now(start, max(end, min(start + self.ahead, moment.size))) or not moment.passes(
+                offset, length
+            ):
+                return False
+        moment.touch(offset, length)
         return write_now(self._edge.node, offset, data)
 
     async def write_zeroes(self, offset: int, length: int, flags: ZeroFlags) -> None:
@@ -259,14 +262,18 @@ class CopyBeforeWrite(Driver):
         """Copy what is dirty in the clusters of a range at once: a task, and a place among those that wait, would cost more than
         the copy of a few clusters. False: `copy` must do some of it."""
         moment = self.moment
-        if moment.broken is not None or moment.next_dirty(start, end, GUEST_STEP) is None:
+        found = moment.next_dirty(start, end, GUEST_STEP) if moment.broken is None else None
+        if found is None:
             return True
         if self.compressed or self.discard_source or self.base is not None or self._is_fleecing():
             return False
-        while (found := moment.next_dirty(start, end, GUEST_STEP)) is not None:
-            if not copy_now(self._edge, self._target, *found):
+        while found is not None:
+            offset, length = found
+            if not copy_now(self._edge, self._target, offset, length):
                 return False
-            self._copied(moment.take(*found))
+            moment.copied_now(offset, length)
+            self._tell_copied(offset, length)
+            found = moment.next_dirty(offset + length, end, GUEST_STEP)
         return True
 
     def _break_off(self, error: OSError) -> None:
@@ -325,14 +332,13 @@ class CopyBeforeWrite(Driver):
         except BaseException:
             moment.failed(held)
             raise
-        self._copied(held)
+        moment.copied(held)
+        self._tell_copied(held.start, held.length)
 
-    def _copied(self, held: Held) -> None:
-        """The target has it."""
-        cluster = self.moment.cluster
-        self.moment.copied(held)
+    def _tell_copied(self, offset: int, length: int) -> None:
         if self.watcher is not None:
-            self.watcher.copied(-(-held.end // cluster) * cluster - held.start)
+            cluster = self.moment.cluster
+            self.watcher.copied(-(-(offset + length) // cluster) * cluster - offset)
 
     async def _move(self, held: Held) -> None:
         offset, length = held.start, held.length

@@ -61,8 +61,12 @@ class Run:
         self.disk: BlockBackend
         self._stack = AsyncExitStack()
 
-    async def start(self) -> None:
+    async def start(self, blocks: int = 1) -> None:
+        """``blocks``: bytes of those of the time before. As with QEMU, a write by O_DIRECT to the end of a file that is none of
+        whole blocks, by somebody who may resize it, rounded it up; they are of 4096 bytes where it began with a hole."""
         self.disk = await self._stack.enter_async_context(opened(self.options))
+        if self.disk.size == -(-len(self.model) // blocks) * blocks:
+            self.model.extend(bytes(self.disk.size - len(self.model)))
         assert self.disk.size == len(self.model)
 
     async def end(self) -> None:
@@ -120,8 +124,9 @@ class Run:
         await self.disk.flush()
 
     async def reopen(self) -> None:
+        blocks = self.disk.node.driver.request_alignment
         await self._stack.aclose()
-        await self.start()
+        await self.start(blocks)
 
     async def resize(self, size: int) -> None:
         if self.variant.resizable:

@@ -161,7 +161,7 @@ class Image:
         if state is State.NORMAL:
             if self.tables.raw_data and self.tables.misplaced(run, offset) is not None:
                 return Segment(Kind.OPAQUE, run.length)
-            in_place, length = run.copied and self._may_write_in_place(run), run.length
+            in_place, length = run.copied and not self.node.read_only and self._may_write_in_place(run), run.length
             if in_place and self.bitmaps.guard is not None:
                 in_place, length = self.bitmaps.passing(offset, length)
             return Segment(Kind.DATA, length, storage.data, HostOffset(run.host), in_place)

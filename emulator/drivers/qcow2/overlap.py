@@ -14,6 +14,7 @@ from array import array
 from bisect import bisect_left
 from collections.abc import Iterable
 from enum import IntFlag
+from itertools import chain
 
 
 class Section(IntFlag):
@@ -69,6 +70,8 @@ class OverlapGuard:
         self._clusters: dict[int, array[int]] = {
             int(section): array("Q") for section in (Section.ACTIVE_L2, Section.REFCOUNT_BLOCK, Section.INACTIVE_L2)
         }
+        self._all_clusters = array("Q")
+        """Those of all sections, checked or not."""
 
     @property
     def checked(self) -> Section:
@@ -87,22 +90,23 @@ class OverlapGuard:
     def set_clusters(self, section: Section, offsets: Iterable[int]) -> None:
         """Say where a section of single clusters stands (zero offsets are left out)."""
         self._clusters[int(section)] = array("Q", sorted(offset for offset in offsets if offset))
+        self._all_clusters = array("Q", sorted(chain.from_iterable(self._clusters.values())))
 
     def add_cluster(self, section: Section, offset: int) -> None:
         """A new table."""
-        known = self._clusters[int(section)]
-        known.insert(bisect_left(known, offset), offset)
+        for known in (self._clusters[int(section)], self._all_clusters):
+            known.insert(bisect_left(known, offset), offset)
 
     def remove_cluster(self, section: Section, offset: int) -> None:
         """A table is gone."""
-        known = self._clusters[int(section)]
-        at = bisect_left(known, offset)
-        if at < len(known) and known[at] == offset:
-            del known[at]
+        for known in (self._clusters[int(section)], self._all_clusters):
+            at = bisect_left(known, offset)
+            if at < len(known) and known[at] == offset:
+                del known[at]
 
     def hit(self, offset: int, length: int, but: int = 0) -> str | None:
         """The name of a checked section whose clusters a write to the range would touch, leaving out ``but``; or None."""
-        checked = self._checked & ~int(but)
+        checked = self._checked & ~int(but) if but else self._checked
         mask = self._cluster_size - 1
         end = (offset + length + mask) & ~mask
         offset &= ~mask
@@ -111,6 +115,9 @@ class OverlapGuard:
         for section, start, stop in self._ranges:
             if start < end and offset < stop and checked & section:
                 return _NAMES[Section(section)]
+        at = bisect_left(self._all_clusters, offset)
+        if at == len(self._all_clusters) or self._all_clusters[at] >= end:
+            return None  # nearly always
         for section, known in self._clusters.items():
             if known and checked & section:
                 at = bisect_left(known, offset)

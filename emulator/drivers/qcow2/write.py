@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 
 from livedisk.emulator.block.debug import Event
 from livedisk.emulator.block.extents import Extents
-from livedisk.emulator.block.node import read_now
+from livedisk.emulator.block.node import fill_zeroes, read_now
 from livedisk.emulator.block.types import DetectZeroes, NotMapped, ZeroFlags
 from livedisk.emulator.drivers.file import FileDriver
 from livedisk.emulator.drivers.qcow2.cache import Table
@@ -81,6 +81,7 @@ class Writer:
         self.image = image
         self._claims: list[_Claim] = []
         self._past_end: list[_Plan] = []
+        self._merging = memoryview(b"")
 
     # -- requests ------------------------------------------------------------------------------------------------------
     async def write(self, offset: int, data: memoryview | Extents) -> None:
@@ -122,8 +123,9 @@ class Writer:
         if found is None or found[0].data[found[1] * tables.words] > ZERO:
             return False
         clusters = (offset % size + length + size - 1) // size
-        run = tables.lookup(offset, length)
-        if run.length < length or found[1] + clusters > tables.slice_entries or image.allocator.available < clusters:
+        if found[1] + clusters > tables.slice_entries or image.allocator.available < clusters:
+            return False
+        if clusters > 1 and tables.lookup(offset, length).length < length:
             return False
         plan = self._plan(*found, offset, length)
         if plan is None:
@@ -225,7 +227,7 @@ class Writer:
             if image.tables.extended or table.data[index] > ZERO or table.data[last] > ZERO:
                 return False
             if not plan.fresh or image.node.backing is not None:
-                whole = self._merged_now(plan, offset, data)
+                whole = self._merged_now(plan, table.data[index], offset, data)
                 if whole is None:
                     return False
                 offset, data = plan.copy_from, whole
@@ -250,31 +252,40 @@ class Writer:
         node.driver.grown(at + len(data))
         return True
 
-    def _merged_now(self, plan: _Plan, offset: int, data: memoryview) -> memoryview | None:
-        """The data, and around it what the clusters held before; None where that cannot be had without awaiting."""
-        length = plan.copy_to - plan.copy_from
+    def _merged_now(self, plan: _Plan, entry: int, offset: int, data: memoryview) -> memoryview | None:
+        """The data, and around it what the clusters held before, ``entry`` the first of them; None where that cannot be had
+        without awaiting. It is good until the next call."""
+        start, length = plan.copy_from, plan.copy_to - plan.copy_from
         if length > MAX_INLINE:
             return None
-        head, view = offset - plan.copy_from, memoryview(bytearray(length))
-        end = head + len(data)
-        if not self._old_now(plan.copy_from, view[:head]) or not self._old_now(offset + len(data), view[end:]):
+        if len(self._merging) < length:
+            self._merging = memoryview(bytearray(length))
+        head, view = offset - start, self._merging[:length]
+        end, backing = head + len(data), self.image.node.backing
+        if entry == 0 and backing is not None and length == self.image.geometry.cluster_size:
+            # To read what the data then covers, too, takes less than to ask twice.
+            if not read_now(backing.node, start, view):
+                return None
+        elif not self._old_now(start, view[:head]) or not self._old_now(offset + len(data), view[end:]):
             return None
         view[head:end] = data
         return view
 
     def _old_now(self, offset: int, view: memoryview) -> bool:
-        """Fill a zeroed ``view`` with what unallocated or zero clusters show."""
+        """Fill ``view`` with what unallocated or zero clusters show."""
         image = self.image
         while len(view):
             try:
                 run = image.tables.lookup(offset, len(view))
             except NotMapped:
                 return False
-            if run.state is State.UNALLOCATED:
-                backing = image.node.backing
-                if backing is not None and not read_now(backing.node, offset, view[: run.length]):
+            backing = image.node.backing
+            if run.state is State.UNALLOCATED and backing is not None:
+                if not read_now(backing.node, offset, view[: run.length]):
                     return False
-            elif run.state not in (State.ZERO, State.ZERO_ALLOC):
+            elif run.state in (State.UNALLOCATED, State.ZERO, State.ZERO_ALLOC):
+                fill_zeroes(view[: run.length])
+            else:
                 return False
             offset += run.length
             view = view[run.length :]
@@ -484,6 +495,10 @@ class Writer:
         count = (plan.end - plan.start) // size
         if self.image.tables.extended:
             self._publish_extended(table, index, count, plan)
+        elif count == 1:
+            old_entry, table.data[index] = table.data[index], plan.host | COPIED
+            if old_entry:
+                self._release(plan, (old_entry,))
         else:
             old = table.data[index : index + count]
             first = plan.host | COPIED
