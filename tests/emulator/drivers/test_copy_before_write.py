@@ -19,7 +19,7 @@ from contract.disks import new_graph, parse, read
 from kit.memory_disk import MemoryDriver
 from kit.qemu import create, qemu_io
 from livedisk.emulator.block.backend import BlockBackend
-from livedisk.emulator.block.flatmap import DATA, HOLE, MISS
+from livedisk.emulator.block.flatmap import DATA, HOLE, MISS, FlatMap
 from livedisk.emulator.block.graph import Graph
 from livedisk.emulator.block.permissions import Perm
 from livedisk.emulator.block.status import block_status
@@ -216,6 +216,31 @@ def test_what_a_job_wants_is_copied_along_up_to_a_bound_and_only_once(tmp_path: 
             assert await write_fast_or_slow(made.guest, 16 * CLUSTER, b"4" * 512)
             assert moment.dirty == whole - 7 * CLUSTER
             assert await read(made.reader, 0, SIZE) == then
+
+    asyncio.run(act())
+
+
+def test_what_a_copy_changes_in_the_target_unsettles_the_guest_nowhere_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    resolved: list[int] = []
+    fill = FlatMap._fill
+    monkeypatch.setattr(FlatMap, "_fill", lambda flat, granule: (resolved.append(granule), fill(flat, granule))[1])
+
+    async def act() -> None:
+        async with fleece(raw(tmp_path), qcow2_target(tmp_path)) as made:
+            known, buffer = list(range(20 * CLUSTER, SIZE - 512, CLUSTER)), memoryview(bytearray(512))
+            for offset in (0, *known):
+                assert (await read_fast_or_slow(made.guest, offset, 512))[:0] == b""
+            await write_fast_or_slow(made.guest, 0, b"1" * 512)
+            made.filter.ahead = 4 * CLUSTER
+            assert await write_fast_or_slow(made.guest, CLUSTER, b"1" * 512), (
+                "clusters are allocated in the target at once"
+            )
+            await made.filter.copy(made.filter.moment.take(*made.filter.moment.next_dirty(8 * CLUSTER, SIZE, CLUSTER)))
+            resolved.clear()
+            assert [made.guest.try_read(offset, buffer) for offset in known] == [DATA] * len(known)
+            assert not resolved
 
     asyncio.run(act())
 
