@@ -110,9 +110,7 @@ class BlockJob(Job):
         """Take ``node`` with these permissions, and block others' operations on it. ``name`` is the edge's, as QEMU's
         messages have it ("main node"). Raises PermissionConflict or LockError."""
         backend = JobBackend(self.graph, self)
-        self.graph.attach_root(backend, node, perm, shared)
-        assert backend.root is not None
-        backend.root.name = name
+        self.graph.attach_root(backend, node, perm, shared, name=name)
         self._backends.append(backend)
         blocker = Blocker(f"block device is in use by block job: {self.kind}")
         node.blockers.append(blocker)

@@ -231,6 +231,8 @@ async def block_commit(ctx: Context, args: CommitOptions) -> None:
         if args.backing_file is not UNSET:
             what = "is the active layer" if is_active else "has a writer on it"
             raise BlockError(f"'backing-file' specified, but 'top' {what}")
+        if skip_filters(top) is skip_filters(base):
+            raise BlockError("Can't mirror node into itself")
         await ActiveCommit.begin(ctx, top, base, args)
         return
     for edge in overlays(top):

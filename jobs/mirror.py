@@ -26,6 +26,9 @@ wrote is copied at finalize. A target that fails in the write-blocking mode neve
 from __future__ import annotations
 
 import enum
+import errno
+import logging
+import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Final
 
@@ -56,6 +59,7 @@ from livedisk.jobs.states import JobType, Status
 if TYPE_CHECKING:
     from livedisk.jobs.commit import CommitOptions
 
+log = logging.getLogger(__name__)
 IDLE_LOOK: Final = 0.05
 """Seconds between two looks at the dirty map of a mirror that has caught up."""
 _WRITES: Final = Perm.WRITE | Perm.WRITE_UNCHANGED
@@ -105,7 +109,7 @@ class Plan:
     unmap: bool = True
     copy_mode: MirrorCopyMode = MirrorCopyMode.BACKGROUND
     filter_name: str | msgspec.UnsetType = msgspec.UNSET
-    replaces: Node | None = None
+    replaces: str | None = None
     backing: Backing = Backing.LEAVE
     auto_finalize: bool = True
     auto_dismiss: bool = True
@@ -123,6 +127,7 @@ class MirrorJob(BlockJob):
         self._source = source
         self._target = target
         self._plan = plan
+        self._replaced = source
         self._mode = plan.copy_mode
         self._unit = _whole_unit(target, plan)
         self._granularity = max(plan.granularity, self._unit)
@@ -406,7 +411,11 @@ class MirrorJob(BlockJob):
 
     # -- what users ask ----------------------------------------------------------------------------------------------
     def complete(self) -> None:
-        """End with the guest on the target."""
+        """End with the guest on the target. Raises BlockError if the node to be replaced is gone."""
+        if self._plan.replaces is not None:
+            if self._plan.replaces not in self.graph.nodes:
+                raise BlockError(f"Node name '{self._plan.replaces}' not found")
+            self._replaced = self.graph.nodes[self._plan.replaces]
         self._completing = True
 
     def soft_cancel(self) -> bool:
@@ -466,16 +475,24 @@ class MirrorJob(BlockJob):
         """Let the source's users go on with the target."""
         assert self._filter is not None
         target = self._target
-        replaced = self._plan.replaces
+        replaced = self._replaced
+        if not may_replace(self._source, replaced):
+            log.error(
+                "Can no longer replace '%s' by '%s', because it can no longer be guaranteed that doing so would not lead to "
+                "an abrupt change of visible data",
+                replaced.name,
+                target.name,
+            )
+            raise PermissionError(errno.EPERM, os.strerror(errno.EPERM))
         for backend in self._backends:
             self.graph.set_root_permissions(backend, Perm.NONE, Perm.ALL)
-        if target.read_only is not self._source.read_only:
-            await set_read_only(self.graph, target, self._source.read_only)
+        if target.read_only is not replaced.read_only:
+            await set_read_only(self.graph, target, replaced.read_only)
         await self._settle_backing()
         own = [backend.root for backend in self._backends if backend.root is not None]
-        old = self._filter if replaced is None or replaced is self._source else replaced
+        old = self._filter if replaced is self._source else replaced
         self.thaw()
-        async with self.graph.drained(target):
+        async with self.graph.drained(target, old):
             with Transaction() as tran:
                 self.graph.replace_node(old, target, tran, but=own)
 
@@ -581,6 +598,17 @@ def _whole_unit(target: Node, plan: Plan) -> int:
     if image.backing is None and (plan.backing is not Backing.LEAVE or image.driver.backing_filename()):
         return max(image.driver.cluster_size(), 1)
     return 1
+
+
+def may_replace(source: Node, wanted: Node) -> bool:
+    """Whether the target may take the place of ``wanted``: that shows just what the source shows, or is a child of a quorum that
+    the source shows. It may be a broken one: the target holds what the quorum's children agree on."""
+    node: Node | None = source
+    while node is not None and node is not wanted:
+        if node.driver.name == "quorum" and any(edge.node is wanted for edge in node.children.values()):
+            return True
+        node = node.filtered.node if node.filtered is not None else None
+    return node is wanted
 
 
 def default_granularity(target: Node) -> int:

@@ -17,7 +17,7 @@ from livedisk.emulator.qmp.registry import command
 from livedisk.jobs.commands import MirrorCopyMode
 from livedisk.jobs.copy import LANES, STEP
 from livedisk.jobs.filters import skip_filters
-from livedisk.jobs.mirror import Backing, MirrorJob, Plan, Sync, check_root, default_granularity
+from livedisk.jobs.mirror import Backing, MirrorJob, Plan, Sync, check_root, default_granularity, may_replace
 from livedisk.jobs.targets import NewImageMode, create_target, existing_format, open_target
 
 
@@ -127,12 +127,14 @@ async def _start(
     check_not_busy(source)
     check_not_busy(target)
     sync = _settled(args.sync, source)
-    replaces = _find_replaced(ctx.daemon.graph, source, args.replaces)
+    replaces = args.replaces if isinstance(args.replaces, str) else None
+    if replaces is not None:
+        _check_replaced(ctx.daemon.graph, source, replaces)
     if sync in (Sync.INCREMENTAL, Sync.BITMAP):
         raise BlockError(f"Sync mode '{sync}' not supported")
     if args.buf_size < 0:
         raise BlockError("Invalid parameter 'buf-size'")
-    if source is target:
+    if skip_filters(source) is skip_filters(target):
         raise BlockError("Can't mirror node into itself")
     image = skip_filters(source)
     plan = Plan(
@@ -165,20 +167,14 @@ def _check_granularity(granularity: int) -> None:
         raise BlockError("Parameter 'granularity' expects a power of 2")
 
 
-def _find_replaced(graph: Graph, source: Node, name: str | UnsetType) -> Node | None:
-    """The node that ``replaces`` names: it must show just what the source shows."""
-    if not isinstance(name, str):
-        return None
+def _check_replaced(graph: Graph, source: Node, name: str) -> None:
+    """Raise BlockError or NodeNotFound unless ``replaces`` names a node whose users may go over to the target."""
     wanted = graph.nodes.get(name)
     if wanted is None:
         raise NodeNotFound(f"Failed to find node with node-name='{name}'")
     check_not_busy(wanted)
-    node: Node | None = source
-    while node is not None and node is not wanted:
-        node = node.filtered.node if node.filtered is not None else None
-    if node is None:
+    if not may_replace(source, wanted):
         raise BlockError(
             f"Cannot replace '{name}' by a node mirrored from '{source.name}', because it cannot be guaranteed that doing "
             "so would not lead to an abrupt change of visible data"
         )
-    return wanted

@@ -225,5 +225,7 @@ def _range(ctx: Context, args: StreamOptions, top: Node) -> tuple[Node | None, N
         base = ctx.daemon.graph.find(args.base_node)
         if base is top or base not in layers:
             raise BlockError(f"Node '{args.base_node}' is not a backing image of '{args.device}'")
+    if base is not None and skip_filters(base) is skip_filters(top):
+        raise BlockError(f"'{base.name}' is not in the backing chain of '{top.name}'")
     lowest = next(layer for layer in layers if under(layer) is base)
     return base, lowest

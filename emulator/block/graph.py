@@ -146,6 +146,8 @@ class Graph:
             child = self.nodes[ref]
         elif isinstance(ref, BlockdevOptions):
             child = await self.open(ref, parent=node, role=role)
+            if name == "file":  # made before its format, as QEMU makes it: queries tell nodes in this order
+                self.nodes[node.name] = self.nodes.pop(node.name)
         else:
             raise BlockError(f'A block device must be specified for "{name}"')
         try:
@@ -169,10 +171,16 @@ class Graph:
         return edge
 
     def attach_root(
-        self, backend: BlockBackend, node: Node, perm: Perm, shared: Perm, tran: Transaction | None = None
+        self,
+        backend: BlockBackend,
+        node: Node,
+        perm: Perm,
+        shared: Perm,
+        tran: Transaction | None = None,
+        name: str = "root",
     ) -> Edge:
-        """Put ``backend`` on ``node`` with these permissions. Raises PermissionConflict or LockError."""
-        edge = Edge(backend, node, "root", Role.FILTERED | Role.PRIMARY)
+        """Put ``backend`` on ``node`` with these permissions; ``name`` is the edge's. Raises PermissionConflict or LockError."""
+        edge = Edge(backend, node, name, Role.FILTERED | Role.PRIMARY)
         edge.perm, edge.shared = perm, shared
         with _Nested(tran) as steps:
             backend.root = edge

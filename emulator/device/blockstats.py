@@ -75,11 +75,13 @@ def _one(node: Node, stored: Node | None) -> BlockStats:
 
 
 def _stored_in(node: Node) -> Node | None:
-    """The child that carries the node's data: an external data file rather than the file with the metadata."""
+    """The child that carries the node's data: an external data file rather than the file with the metadata. None where
+    several do, and none of them more than the others."""
     edges = [edge for edge in node.children.values() if edge.role & (Role.DATA | Role.FILTERED)]
     primary = next((edge for edge in edges if edge.role & Role.PRIMARY), None)
-    chosen = primary or (edges[0] if edges else None)
-    return chosen.node if chosen is not None else None
+    if primary is not None:
+        return primary.node
+    return edges[0].node if len(edges) == 1 else None
 
 
 def _visible(node: Node) -> Node:

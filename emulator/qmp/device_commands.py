@@ -13,7 +13,6 @@ from livedisk.emulator.device.drives import Drive
 from livedisk.emulator.device.runstate import State
 from livedisk.emulator.qmp.context import Context
 from livedisk.emulator.qmp.qapi import UNSET, QapiStruct, UnsetType
-from livedisk.emulator.qmp.query_block import creation_order
 from livedisk.emulator.qmp.registry import Command, command, registry
 from livedisk.emulator.qmp.visit import JSON, Syntax
 
@@ -90,6 +89,6 @@ class QueryBlockstats(QapiStruct):
 async def query_blockstats(ctx: Context, args: QueryBlockstats) -> list[BlockStats]:
     """Statistics of every device, or of every node, oldest first."""
     if args.query_nodes:
-        return [node_stats(node) for node in creation_order(ctx.daemon.graph)]
+        return [node_stats(node) for node in ctx.daemon.graph.nodes.values()]
     blocks = ctx.daemon.devices.blocks()
     return [drive_stats(one) if isinstance(one, Drive) else device_stats(one) for one in blocks]

@@ -7,7 +7,7 @@ member with QEMU 10.0.2. Throttling is a device's: nodes show 0, as in QEMU, als
 from __future__ import annotations
 
 import enum
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -25,7 +25,7 @@ from livedisk.emulator.qmp.qapi import UNSET, QapiStruct, UInt32, UnsetType
 from livedisk.emulator.qmp.registry import command
 
 if TYPE_CHECKING:
-    from livedisk.emulator.block.graph import Graph
+    pass
 
 
 class SnapshotInfo(QapiStruct):
@@ -171,7 +171,7 @@ class QueryNamedBlockNodes(QapiStruct):
 async def query_named_block_nodes(ctx: Context, args: QueryNamedBlockNodes) -> list[BlockDeviceInfo]:
     """Every node, newest first."""
     survey = Survey(skip_implicit=False)
-    return [await survey.device(node, deep=not args.flat) for node in reversed(creation_order(ctx.daemon.graph))]
+    return [await survey.device(node, deep=not args.flat) for node in reversed([*ctx.daemon.graph.nodes.values()])]
 
 
 @command("query-block", allow_preconfig=True)
@@ -307,21 +307,3 @@ def _own_bitmap(one: tuple[int, int]) -> BlockDirtyInfo:
 
 def _snapshot(entry: Mapping[str, Any]) -> SnapshotInfo:
     return msgspec.convert(entry, SnapshotInfo)
-
-
-def creation_order(graph: Graph) -> list[Node]:
-    """All nodes in the order in which QEMU would have made them: a file before its format, other children after."""
-    order = list(graph.nodes.values())
-    position = {node: place for place, node in enumerate(order)}
-    done: dict[Node, None] = {}
-
-    def visit(node: Node) -> Iterator[Node]:
-        for edge in node.children.values():
-            child = edge.node
-            if edge.name == "file" and child not in done and position[child] > position[node]:
-                yield from visit(child)
-        if node not in done:
-            done[node] = None
-            yield node
-
-    return [made for node in order for made in visit(node)]

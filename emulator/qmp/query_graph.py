@@ -13,7 +13,6 @@ from livedisk.emulator.block.node import Edge, Node
 from livedisk.emulator.block.permissions import BlockPermission, Perm
 from livedisk.emulator.qmp.context import Context
 from livedisk.emulator.qmp.qapi import QapiStruct
-from livedisk.emulator.qmp.query_block import creation_order
 from livedisk.emulator.qmp.registry import command
 
 
@@ -94,7 +93,7 @@ async def x_debug_query_block_graph(ctx: Context) -> XDbgBlockGraph:
     graph = ctx.daemon.graph
     for backend in graph.backends:
         _draw_backend(drawing, backend)
-    for node in creation_order(graph):
+    for node in graph.nodes.values():
         _draw_node(drawing, node)
     return XDbgBlockGraph(nodes=drawing.nodes, edges=drawing.edges)
 
