@@ -18,6 +18,7 @@ import json
 import logging
 import os
 import re
+import stat
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, Final
 
@@ -71,7 +72,10 @@ def resolve(node: Node, filename: str) -> str:
     prefix, path = ("file:", filename[5:]) if filename.startswith("file:") else ("", filename)
     if os.path.isabs(path):
         return filename
-    own = node.driver.filename
+    place = node
+    while place.children and (edge := place.children.get("file") or place.filtered) is not None:
+        place = edge.node
+    own = place.driver.filename
     remote = next((driver for driver in DRIVERS.values() if own.partition(":")[0] in driver.protocols), None)
     if remote is not None:
         raise BlockError(
@@ -80,7 +84,7 @@ def resolve(node: Node, filename: str) -> str:
         )
     if own.startswith("json:") or not own:
         raise BlockError(
-            f"Cannot generate a base directory for '{filename}': node '{node.name}' has no filename",
+            f"Cannot generate a base directory for {place.options.driver} nodes",
             hint="Give the backing file or data file as an option instead.",
         )
     own = own.removeprefix("file:")
@@ -98,7 +102,7 @@ def protocol_options(node: Node | Graph, filename: str) -> BlockdevOptions:
             return reader.options_of(filename)
     path = filename[5:] if name == "file" and match is not None else filename
     if name == "file":
-        name = "host_device" if _is_block_device(path) and "host_device" in DRIVERS else "file"
+        name = "host_device" if _is_device(path) and "host_device" in DRIVERS else "file"
     cls = DRIVERS.get(name)
     given = cls.parse_filename(path.partition(":")[2]) if cls is not None else None
     if cls is not None and given is not None:
@@ -150,12 +154,12 @@ def _starts_as_qcow2(path: str) -> bool:
         return False  # whoever opens it will say why
 
 
-def _is_block_device(path: str) -> bool:
+def _is_device(path: str) -> bool:
     try:
         mode = os.stat(path).st_mode
-    except OSError:
+    except (OSError, ValueError):
         return False
-    return mode & 0o170000 == 0o060000
+    return stat.S_ISBLK(mode) or stat.S_ISCHR(mode)
 
 
 def _json_options(node: Node | Graph, text: str) -> BlockdevOptions:
@@ -168,11 +172,26 @@ def _json_options(node: Node | Graph, text: str) -> BlockdevOptions:
         raise BlockError(f"Could not parse the JSON options: {error}") from None
     if not isinstance(options, dict):
         raise BlockError("Invalid JSON object given")
-    return parse(nested(options))
+    return parse(with_storage(nested(options)))
 
 
 def nested(options: dict[str, Any]) -> dict[str, Any]:
-    """The options with ``{"server.path": ...}`` written as ``{"server": {"path": ...}}``: QEMU takes and writes both."""
+    """The options with ``{"server.path": ...}`` written as ``{"server": {"path": ...}}``, and ``{"children.0": ...}`` as
+    ``{"children": [...]}``: QEMU takes and writes both."""
+    return {name: _lists(value) for name, value in _nested(options).items()}
+
+
+def _lists(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_lists(one) for one in value]
+    if not isinstance(value, dict):
+        return value
+    whole = {name: _lists(one) for name, one in value.items()}
+    numbered = [str(index) for index in range(len(whole))]
+    return [whole[index] for index in numbered] if whole and set(numbered) == set(whole) else whole
+
+
+def _nested(options: dict[str, Any]) -> dict[str, Any]:
     whole: dict[str, Any] = {}
     for name, value in options.items():
         *path, last = name.split(".")
@@ -181,12 +200,30 @@ def nested(options: dict[str, Any]) -> dict[str, Any]:
             inner = inner.setdefault(step, {})
             if not isinstance(inner, dict):
                 raise BlockError(f"Parameter '{name}' contradicts another one")
-        if isinstance(value, dict):
-            value = nested(value)
+        if isinstance(value, list):
+            value = [_nested(one) if isinstance(one, dict) else one for one in value]
+        elif isinstance(value, dict):
+            value = _nested(value)
             present = inner.get(last)
             if isinstance(present, dict):
                 value = {**present, **value}
         inner[last] = value
+    return whole
+
+
+def with_storage(options: dict[str, Any]) -> dict[str, Any]:
+    """The (nested) options with what QEMU fills in: a child of which only the ``filename`` is given is a file of the host, or a
+    device of it. An image below an image has to be of some format, which a name does not tell."""
+    whole: dict[str, Any] = {}
+    for name, value in options.items():
+        if isinstance(value, list):
+            value = [with_storage(one) if isinstance(one, dict) else one for one in value]
+        elif isinstance(value, dict):
+            value = with_storage(value)
+            filename = value.get("filename")
+            if isinstance(filename, str) and "driver" not in value and name not in ("backing", "target"):
+                value = {"driver": "host_device" if _is_device(filename) else "file", **value}
+        whole[name] = value
     return whole
 
 

@@ -74,7 +74,7 @@ async def image_options(daemon: Daemon, name: str, fmt: str | None) -> BlockdevO
 
 
 def _named(daemon: Daemon, name: str) -> BlockdevOptions:
-    from livedisk.emulator.block.gate import nested, protocol_options
+    from livedisk.emulator.block.gate import nested, protocol_options, with_storage
 
     if name.startswith("json:"):
         # Not by the gate's reader: its answer for a driver that is not there is that of options, not of a file name.
@@ -84,7 +84,7 @@ def _named(daemon: Daemon, name: str) -> BlockdevOptions:
             raise BlockError(f"Could not parse the JSON options: {error}") from None
         if not isinstance(given, dict):
             raise BlockError("Invalid JSON object given")
-        return daemon.parse_options(nested(given))
+        return daemon.parse_options(with_storage(nested(given)))
     if not is_path(name):
         return protocol_options(daemon.graph, name)
     device = os.path.exists(name) and stat.S_ISBLK(os.stat(name).st_mode)

@@ -20,14 +20,15 @@ from typing import Any, Final
 import msgspec
 
 from livedisk.emulator.block.driver import DRIVERS
-from livedisk.emulator.block.gate import looks_like, nested, protocol_options
+from livedisk.emulator.block.gate import looks_like, nested, protocol_options, with_storage
 from livedisk.emulator.block.graph import Graph
 from livedisk.emulator.block.options import BlockdevOptions
 from livedisk.emulator.block.throttle import Bucket, Limit, Limits
+from livedisk.emulator.block.types import DetectZeroes
 from livedisk.emulator.device.drives import DriveSpec
 from livedisk.emulator.device.policy import OnError
 from livedisk.emulator.errors import BlockError, ParameterError
-from livedisk.emulator.qmp.visit import JSON, KEYVAL, parse_integer, parse_size, visit
+from livedisk.emulator.qmp.visit import JSON, KEYVAL, Syntax, parse_integer, parse_size, visit
 
 _BUSES: Final = ("none", "ide", "scsi", "floppy", "pflash", "mtd", "sd", "virtio", "xen")
 CACHE_MODES: Final[dict[str, tuple[bool, bool, bool]]] = {
@@ -66,9 +67,18 @@ class _Given:
         return value
 
 
-_ALIASES: Final = {"readonly": "read-only", **{f"bps{end}": f"throttling.bps-{name}" for end, name in (
-    ("", "total"), ("_rd", "read"), ("_wr", "write"))}, **{f"iops{end}": f"throttling.iops-{name}" for end, name in (
-    ("", "total"), ("_rd", "read"), ("_wr", "write"))}}  # fmt: skip
+_ALIASES: Final = {
+    **{
+        f"{unit}{way}{burst}": f"throttling.{unit}-{name}{burst.replace('_', '-')}"
+        for unit in ("iops", "bps")
+        for burst in ("", "_max")
+        for way, name in (("", "total"), ("_rd", "read"), ("_wr", "write"))
+    },
+    "iops_size": "throttling.iops-size",
+    "group": "throttling.group",
+    "readonly": "read-only",
+}
+"""Words of older versions, in QEMU's order."""
 
 
 async def read(
@@ -97,11 +107,11 @@ async def read(
     snapshot, copy_on_read = given.switch("snapshot"), given.switch("copy-on-read")
     group, limits = given.take("throttling.group") or "", _limits(given)
     account = {name: given.switch(f"stats-{name}", default=True) for name in ("account-invalid", "account-failed")}
+    detect_zeroes = _detect_zeroes(given)
     node = await _node(graph, given, warn)
     if copy_on_read and node is not None and node.read_only is True:
         warn("disabling copy-on-read on read-only drive")
-    if limits.any:
-        limits.check()
+    limits.check()
     return DriveSpec(
         name=name,
         interface=str(bus),
@@ -113,6 +123,7 @@ async def read(
         werror=error["werror"],
         copy_on_read=copy_on_read,
         snapshot=snapshot,
+        detect_zeroes=detect_zeroes,
         limits=limits if limits.any else None,
         group=group,
         account_invalid=account["account-invalid"],
@@ -168,6 +179,13 @@ def _policy(given: _Given, kind: str) -> OnError:
     return OnError(text)
 
 
+def _detect_zeroes(given: _Given) -> DetectZeroes:
+    text = given.take("detect-zeroes") or "off"
+    if text not in list(DetectZeroes):
+        raise BlockError(f"invalid parameter value: {text}")
+    return DetectZeroes(text)
+
+
 def _limits(given: _Given) -> Limits:
     found: dict[Bucket, Limit] = {}
     for bucket in Bucket:
@@ -192,13 +210,14 @@ async def _node(graph: Graph, given: _Given, warn: Callable[[str], None]) -> Blo
         return None
     if fmt is not None and (fmt not in DRIVERS or DRIVERS[fmt].internal):
         raise BlockError(f"Unknown driver '{fmt}'")
-    rest = nested(given.values)
+    rest = with_storage(nested(given.values))
+    backing = rest.get("backing")
+    if isinstance(backing, dict) and "driver" not in backing:
+        backing["driver"] = await _guess_described(graph, backing, KEYVAL, warn)
     if filename is not None and filename.startswith("json:"):
-        return _from_json(filename, fmt, rest)
+        return await _from_json(graph, filename, fmt, rest, warn)
     if filename is None:
-        if fmt is None:
-            raise BlockError("Must specify either driver or file")
-        return _typed({"driver": fmt, **rest})
+        return _typed({"driver": fmt or await _guess_described(graph, rest, KEYVAL, warn), **rest})
     below = rest.pop("file", {})
     file = _file(graph, filename, below, aio)
     if fmt is None:
@@ -212,19 +231,17 @@ async def _node(graph: Graph, given: _Given, warn: Callable[[str], None]) -> Blo
 
 def _describes_more(values: Iterable[str]) -> bool:
     """Whether an option is there that would have no meaning for a drive without medium."""
-    return any(
-        not name.startswith(("cache.", "discard", "detect-zeroes", "read-only", "auto-read-only")) for name in values
-    )
+    return any(not name.startswith(("cache.", "discard", "read-only", "auto-read-only")) for name in values)
 
 
 def _typed(options: dict[str, Any]) -> BlockdevOptions:
     try:
         return visit(BlockdevOptions, options, KEYVAL)
     except ParameterError as error:
-        number = re.fullmatch(r"Parameter '([^'.]*)' expects integer", str(error))
-        size = parse_size(options[number[1]]) if number is not None else None
-        if number is not None and size is not None and not options[number[1]].isdigit():
-            return _typed({**options, number[1]: str(size)})  # here every number may have a suffix
+        number = re.fullmatch(r"Parameter '([^']*)' expects integer", str(error))
+        sized = _sized(options, number[1].split(".")) if number is not None else None
+        if sized is not None:
+            return _typed(sized)  # here every number may have a suffix
         unknown = re.fullmatch(r"Parameter '([^']*)' is unexpected", str(error))
         if unknown is not None:
             raise BlockError(
@@ -236,6 +253,21 @@ def _typed(options: dict[str, Any]) -> BlockdevOptions:
         raise
 
 
+def _sized(options: Any, path: list[str]) -> Any:
+    """The options with the size at ``path`` as a plain number; None if there is no size, or a plain number already."""
+    if not path:
+        size = parse_size(options) if isinstance(options, str) and not options.isdigit() else None
+        return None if size is None else str(size)
+    member, *below = path
+    index = int(member) if isinstance(options, list) else member
+    inner = _sized(options[index], below)
+    if inner is None:
+        return None
+    if isinstance(options, list):
+        return [inner if place == index else one for place, one in enumerate(options)]
+    return {**options, index: inner}
+
+
 def _generic(rest: dict[str, Any]) -> dict[str, Any]:
     """Options that every node takes, typed."""
     options = visit(BlockdevOptions, {"driver": "null-co", **rest}, KEYVAL)
@@ -243,14 +275,19 @@ def _generic(rest: dict[str, Any]) -> dict[str, Any]:
     return {name: getattr(options, name) for name in names if getattr(options, name) is not msgspec.UNSET}
 
 
-def _from_json(filename: str, fmt: str | None, rest: dict[str, Any]) -> BlockdevOptions:
+async def _from_json(
+    graph: Graph, filename: str, fmt: str | None, rest: dict[str, Any], warn: Callable[[str], None]
+) -> BlockdevOptions:
     try:
         described = json.loads(filename[5:])
     except ValueError as error:
         raise BlockError(f"Could not parse the JSON options: {error}") from None
     if not isinstance(described, dict):
         raise BlockError("Invalid JSON object given")
-    options = visit(BlockdevOptions, nested({"driver": fmt, **described} if fmt else described), JSON)
+    described = with_storage(nested(described))
+    if "driver" not in described:
+        described["driver"] = fmt or await _guess_described(graph, described, JSON, warn)
+    options = visit(BlockdevOptions, described, JSON)
     return msgspec.structs.replace(options, **_generic(rest))
 
 
@@ -266,6 +303,14 @@ def _file(graph: Graph, filename: str, below: Any, aio: str | None) -> BlockdevO
         names = ", ".join(f"file.{name}" for name in more)
         raise BlockError(f"'{filename}' says all of its node; {names} cannot be added to it")
     return _typed({"driver": file.driver, "filename": file.filename, **more})  # type: ignore[attr-defined]
+
+
+async def _guess_described(graph: Graph, options: dict[str, Any], syntax: Syntax, warn: Callable[[str], None]) -> str:
+    """The format of an image of which nothing but its file is described."""
+    file = options.get("file")
+    if not isinstance(file, dict):
+        raise BlockError("Must specify either driver or file")
+    return await _guess(graph, str(file.get("filename", "")), visit(BlockdevOptions, file, syntax), warn)
 
 
 async def _guess(graph: Graph, filename: str, file: BlockdevOptions, warn: Callable[[str], None]) -> str:

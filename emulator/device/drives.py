@@ -28,6 +28,7 @@ from livedisk.emulator.block.node import Node
 from livedisk.emulator.block.options import BlockdevOptions, CacheOptions
 from livedisk.emulator.block.permissions import Perm, Role
 from livedisk.emulator.block.throttle import Limits
+from livedisk.emulator.block.types import DetectZeroes
 from livedisk.emulator.device.accounting import Accounting
 from livedisk.emulator.device.policy import OnError
 from livedisk.emulator.errors import BlockError, DeviceNotFound
@@ -40,7 +41,8 @@ if TYPE_CHECKING:
 class DriveSpec:
     """What is to be made. ``node``: options of the node, None for a drive without medium. ``interface``: "virtio": it gets a
     device of its own; "none": it waits for one. ``bus``, ``unit``: its place there. ``limits``: of the throttle group
-    ``group``, or None. ``account_invalid``, ``account_failed``: as `Accounting` has them, unless the device says otherwise."""
+    ``group``, or None. ``detect_zeroes``: of the node, whether or not it discards. ``account_invalid``, ``account_failed``: as
+    `Accounting` has them, unless the device says otherwise."""
 
     name: str
     interface: str
@@ -54,6 +56,7 @@ class DriveSpec:
     snapshot: bool = False
     limits: Limits | None = None
     group: str = ""
+    detect_zeroes: DetectZeroes = DetectZeroes.OFF
     account_invalid: bool = True
     account_failed: bool = True
 
@@ -132,6 +135,7 @@ class Drives:
 
     async def _open(self, drive: Drive, options: BlockdevOptions) -> Node:
         node = await (self._open_overlay(drive, options) if drive.spec.snapshot else self._graph.open(options))
+        node.detect_zeroes = drive.spec.detect_zeroes
         if drive.spec.copy_on_read and not node.read_only:
             return await self._cover(node)
         return node

@@ -160,7 +160,7 @@ def _arguments(command: HmpCommand, text: str) -> dict[str, Any]:
         if not text:
             if kind.endswith("?"):
                 continue
-            wanted = "invalid size" if kind[0] == "o" else f"{command.name}: {_WANTED[kind[0]]} expected"
+            wanted = _NOTHING_THERE.get(kind[0]) or f"{command.name}: {_WANTED[kind[0]]} expected"
             raise HmpError(f"{wanted}\n{_hint(command)}")
         if kind[0] == "S":
             values[name], text = text, ""
@@ -202,7 +202,7 @@ def _text(command: HmpCommand, word: str) -> str:
 def _whole(command: HmpCommand, word: str) -> int:
     value = parse_integer(word)
     if value is None:
-        raise HmpError(f"{command.name}: integer expected\n{_hint(command)}")
+        raise HmpError(f"invalid char '{word.lstrip('+-')[:1]}' in expression\n{_hint(command)}")
     return value
 
 
@@ -239,6 +239,13 @@ _WANTED: Final = {
     "o": "size",
     "b": "boolean",
 }
+
+_NOTHING_THERE: Final = {
+    "i": "unexpected end of expression",
+    "l": "unexpected end of expression",
+    "o": "invalid size",
+}
+"""What a missing argument is told with, where that is not what was wanted."""
 
 
 # -- the monitor

@@ -43,7 +43,7 @@ async def drive_add(ctx: Context, args: Args) -> str:
         await devices.drives.add(spec)
     except (LiveDiskError, OSError) as error:
         raise HmpError(f"{_text(error)}\n") from error
-    return "".join(f"WARNING: {line}\n" for line in said) + "OK\n"
+    return "".join(f"warning: {line}\n" for line in said) + "OK\n"
 
 
 def _bus_number(name: str) -> int:
@@ -65,7 +65,10 @@ async def _node_add(ctx: Context, text: str) -> str:
 
 
 def _text(error: Exception) -> str:
-    return error.strerror or str(error) if isinstance(error, OSError) else str(error)
+    if isinstance(error, OSError):
+        return error.strerror or str(error)
+    hint = getattr(error, "hint", "")
+    return f"{error}\n{hint}" if hint else str(error)
 
 
 @hmp_command("drive_del", args="id:B", params="device", help="remove host block device")

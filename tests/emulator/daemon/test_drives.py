@@ -146,6 +146,37 @@ SCRIPTS: dict[str, list[Step]] = {
         *human('qemu-io zz "read 0 1"', "drive_del d5", "drive_del empty", "info block"),
         step("query-named-block-nodes", flat=True),
     ],
+    "options of all kinds": [
+        *(
+            Human(f"drive_add 0 if=none,{options}")
+            for options in (
+                # a file by its name alone, in dotted keys and in JSON, here and below
+                "id=f1,driver=qcow2,file.filename=j2.qcow2,backing.file.filename=a.qcow2,backing.driver=qcow2",
+                "id=f2,driver=qcow2,file.filename=none.qcow2",
+                "id=f3,filename=r.raw",
+                "id=f4,driver=raw,file.driver=raw,file.file.filename=r.raw,file.size=64k,readonly=on",
+                'id=f5,file=json:{"driver":"qcow2",,"file.filename":"none.qcow2"}',
+                'id=f6,file=json:{"file":{"filename":"a.qcow2"}},readonly=on',
+                'id=f7,file=json:{"filename":"a.qcow2"}',
+                "id=f8,driver=quorum,vote-threshold=1,children.0.driver=raw,children.0.file.filename=r2.raw",
+                'id=f9,file=json:{"driver":"quorum",,"vote-threshold":1,,"children.0.driver":"null-co"}',
+                # older words for limits
+                "id=t1,driver=null-co,iops=50,iops_max=100,iops_size=4096,bps_rd=100000,bps_rd_max=200000,group=gg",
+                "id=t2,driver=null-co,iops_max=5",
+                "id=t3,driver=null-co,iops_size=4096",
+                "id=t4,driver=null-co,iops=5,throttling.iops-total=6",
+                "id=z1,driver=null-co,detect-zeroes=foo",
+                "id=z2,driver=null-co,detect-zeroes=unmap",
+                "id=9,driver=null-co",
+                "id=w,driver=null-co,readonly=on,copy-on-read=on",
+            )
+        ),
+        *human("drive_del f4", "drive_del f8"),  # QEMU's names for them tell numbers as they were written
+        *LOOK[:2],
+        step("query-named-block-nodes", flat=True),
+        Human("info block t1"),
+        *human("block_set_io_throttle t1 0 100", "block_set_io_throttle t1 0 0 0 x 0 0", "block_job_set_speed t1"),
+    ],
     "help": human(
         *(
             f"help {name}"

@@ -101,6 +101,20 @@ SCRIPTS: dict[str, list[Step]] = {
         add("host_device", "h", filename="/dev/null"),
         *LOOK,
     ],
+    "a relative backing file below filters": [
+        step("object-add", qom_type="throttle-group", id="g"),
+        *(
+            add("qcow2", name, file=below, read_only=True)
+            for name, below in (
+                ("t", {"driver": "throttle", "throttle-group": "g", "file": file("rel.qcow2")}),
+                ("d", {"driver": "blkdebug", "set-state": [{"event": "l1_update"}], "image": file("rel.qcow2")}),
+                ("r", {"driver": "raw", "size": 196608, "offset": 0, "file": file("rel.qcow2")}),
+                ("q", {"driver": "quorum", "vote-threshold": 1, "children": [file("rel.qcow2")]}),
+            )
+        ),
+        step("query-block"),
+        step("query-blockstats", query_nodes=True),
+    ],
     "resize": [
         add("raw", "r", file=file("r.raw")),
         add("raw", "ro", file=file("b.raw"), read_only=True),
