@@ -123,6 +123,7 @@ class Daemon:
         self.exports = BlockExports(self.graph, self.devices, self.events.emit, self._is_iothread, self.objects)
         self.graph.parse_options = self.parse_options
         self.run_state.before_run.append(lambda: activate_all(self.graph))
+        self.run_state.on_change.append(self._expect_guest)
         throttle_commands.connect(self.graph.throttle_groups, self.objects)
         self.graph.client_tls = self._client_tls
         self.graph.on_corruption.append(self._announce_corruption)
@@ -271,6 +272,9 @@ class Daemon:
 
     def _client_tls(self, creds: str, hostname: str | None) -> Secure:
         return credentials.client_tls(self.objects, creds, hostname).secure
+
+    def _expect_guest(self, state: State) -> None:
+        self.graph.opens_inactive = state is State.INMIGRATE
 
     def _is_iothread(self, name: str) -> bool:
         return self.objects.find(name, Iothread) is not None

@@ -59,6 +59,8 @@ class Graph:
         self.nodes: dict[str, Node] = {}
         self.backends: list[BlockBackend] = []
         self.reserved: list[Callable[[str], bool]] = []
+        self.opens_inactive = False
+        """Whether the images of nodes that the user opens are another process's yet: a guest is to come from there."""
         self.on_change: list[Callable[[], None]] = []
         self.on_corruption: list[Callable[[Node, str, int | None, int | None, bool], None]] = []
         self.parse_options: Callable[[dict[str, Any]], BlockdevOptions] | None = None
@@ -106,19 +108,28 @@ class Graph:
     # -- opening -----------------------------------------------------------------------------------------------------
     async def add(self, options: BlockdevOptions) -> Node:
         """blockdev-add: open a node that the user owns. Raises BlockError or OSError; on failure nothing is left."""
-        node = await self.open(options)
+        node = await self.open(options, inactive=self.opens_inactive)
         node.monitor_owned = True
         return node
 
-    async def open(self, options: BlockdevOptions, *, parent: Node | None = None, role: Role = Role.NONE) -> Node:
+    async def open(
+        self,
+        options: BlockdevOptions,
+        *,
+        parent: Node | None = None,
+        role: Role = Role.NONE,
+        inactive: bool = False,
+    ) -> Node:
         """Open a node and the children described inside it. It has no parent yet: `attach_root`, `attach_child` or
-        `release` it."""
+        `release` it. ``inactive``: another process has the images, whatever the options say (`activity.py`)."""
         if _depth(parent) > MAX_DEPTH:
             raise BlockError(f"More than {MAX_DEPTH} images stand on each other")
         cls = driver_class(options.driver)
         node = Node(self, self._new_name(options.node_name), options)
         node.opened_by, node.opened_role = parent, role
         settle(options, Settings.of(parent) if parent is not None else None, role).apply(node)
+        node.opened_inactive = inactive
+        node.active = not inactive and options.active is not False
         node.driver = cls(node, options)
         self.nodes[node.name] = node
         try:
@@ -145,7 +156,9 @@ class Graph:
                 raise NodeNotFound(f"Cannot find device='{ref}' nor node-name='{ref}'")
             child = self.nodes[ref]
         elif isinstance(ref, BlockdevOptions):
-            child = await self.open(ref, parent=node, role=role)
+            # QEMU opens the file before it looks at the node's option "active", and what else the node needs after it.
+            inactive = node.opened_inactive if name == "file" else not node.active
+            child = await self.open(ref, parent=node, role=role, inactive=inactive)
             if name == "file":  # made before its format, as QEMU makes it: queries tell nodes in this order
                 self.nodes[node.name] = self.nodes.pop(node.name)
         else:

@@ -148,7 +148,8 @@ class Node:
 
     Attributes: ``name``; ``driver``; ``options`` as given; ``children`` by edge name; ``parents``; ``read_only``; ``active``;
     ``discard``; ``detect_zeroes``; ``cache_direct``, ``cache_no_flush``; ``force_share``; ``implicit`` (made by a job,
-    hidden from users); ``monitor_owned`` (blockdev-add made it, so blockdev-del ends it); ``opened_by`` and
+    hidden from users); ``monitor_owned`` (blockdev-add made it, so blockdev-del ends it);
+    ``opened_inactive`` (whatever its options said); ``opened_by`` and
     ``opened_role``: the node inside whose options this one was described, whose settings it inherits where its own
     options are silent; ``opened_backing``: the backing file name that the image's header had when it was opened;
     ``reopening``: the settings that a reopen under way is about to give the node; ``blockers``: whoever forbids others'
@@ -165,7 +166,8 @@ class Node:
         self.children: dict[str, Edge] = {}
         self.parents: list[Edge] = []
         self.read_only = False
-        self.active = options.active is not False
+        self.active = True
+        self.opened_inactive = False
         self.auto_read_only = False
         self.discard_mode = Discard.IGNORE
         self.detect_zeroes = DetectZeroes.OFF

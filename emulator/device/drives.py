@@ -134,7 +134,11 @@ class Drives:
         return drive
 
     async def _open(self, drive: Drive, options: BlockdevOptions) -> Node:
-        node = await (self._open_overlay(drive, options) if drive.spec.snapshot else self._graph.open(options))
+        node = await (
+            self._open_overlay(drive, options)
+            if drive.spec.snapshot
+            else self._graph.open(options, inactive=self._graph.opens_inactive)
+        )
         node.detect_zeroes = drive.spec.detect_zeroes
         if drive.spec.copy_on_read and not node.read_only:
             return await self._cover(node)
@@ -147,7 +151,9 @@ class Drives:
 
         read_only = options.read_only if isinstance(options.read_only, bool) else False
         below = await self._graph.open(
-            msgspec.structs.replace(options, read_only=True, auto_read_only=False), role=Role.COW
+            msgspec.structs.replace(options, read_only=True, auto_read_only=False),
+            role=Role.COW,
+            inactive=self._graph.opens_inactive,
         )
         try:
             number, drive.scratch = tempfile.mkstemp(prefix="vl.", dir=os.environ.get("TMPDIR") or "/var/tmp")
@@ -156,7 +162,8 @@ class Drives:
             make, file = driver_class("qcow2").Options, driver_class("file").Options
             upper: dict[str, Any] = {"driver": "qcow2", "backing": below.name, "read_only": read_only}
             upper["file"] = file(driver="file", filename=drive.scratch)  # type: ignore[call-arg]
-            return await self._graph.open(make(**upper, cache=CacheOptions(direct=False, no_flush=True)))
+            cache = CacheOptions(direct=False, no_flush=True)
+            return await self._graph.open(make(**upper, cache=cache), inactive=self._graph.opens_inactive)
         except BaseException:
             await self._graph.release(below)
             raise
@@ -165,7 +172,8 @@ class Drives:
         """A filter, which users do not see, that keeps what is read from backing files."""
         options = driver_class("copy-on-read").Options
         try:
-            above = await self._graph.open(options(driver="copy-on-read", file=node.name))  # type: ignore[call-arg]
+            given = options(driver="copy-on-read", file=node.name)  # type: ignore[call-arg]
+            above = await self._graph.open(given, inactive=not node.active)
         except BaseException:
             await self._graph.release(node)
             raise

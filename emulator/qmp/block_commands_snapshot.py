@@ -18,15 +18,12 @@ Source: QEMU ``qapi/block-core.json`` (BlockdevSnapshotSync, BlockdevSnapshot), 
 from __future__ import annotations
 
 import enum
-from typing import Any
-
-import msgspec
 
 from livedisk.emulator.block.blockers import check_not_busy
 from livedisk.emulator.block.driver import DRIVERS
 from livedisk.emulator.block.gate import image_options
 from livedisk.emulator.block.node import Node
-from livedisk.emulator.block.options import BlockdevOptions, CacheOptions
+from livedisk.emulator.block.options import CacheOptions
 from livedisk.emulator.block.permissions import Perm, Role
 from livedisk.emulator.block.reopen import set_read_only
 from livedisk.emulator.errors import BlockError
@@ -138,17 +135,8 @@ async def _open_overlay(ctx: Context, args: BlockdevSnapshotSync, old: Node) -> 
         cache=CacheOptions(direct=old.cache_direct, no_flush=old.cache_no_flush),
         node_name=args.snapshot_node_name,
     )
-    if not old.active:
-        options = _inactive(options)
-    return await ctx.daemon.graph.open(options)
-
-
-def _inactive(options: Any) -> BlockdevOptions:
-    """An overlay on an inactive node is no more this process's than the node is, nor is the file that it stands in."""
-    if isinstance(options.file, BlockdevOptions):
-        options = msgspec.structs.replace(options, file=msgspec.structs.replace(options.file, active=False))
-    made: BlockdevOptions = msgspec.structs.replace(options, active=False)
-    return made
+    # An overlay on an inactive node is no more this process's than the node is, nor is the file that it stands in.
+    return await ctx.daemon.graph.open(options, inactive=not old.active)
 
 
 async def _put_on_top(ctx: Context, old: Node, overlay: Node, run: Run) -> None:

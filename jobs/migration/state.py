@@ -11,6 +11,7 @@ from typing import Final
 import msgspec
 from bitarray import bitarray
 
+from livedisk.emulator.block.activity import activate, inactivate
 from livedisk.emulator.block.bitmaps import MIN_GRANULARITY, DirtyBitmap
 from livedisk.emulator.block.node import Node
 from livedisk.emulator.device.virtio_blk import VirtioBlk
@@ -192,6 +193,7 @@ class Arrival:
         """Take everything over, ready to run. Raises LiveDiskError or OSError; then `undo` is due."""
         for ident in ends:
             await self._daemon.exports.delete(ident, RemoveMode.HARD)
+        await self._take_images()
         for disk in self._hello.disks:
             await self._take_device(disk)
         told = {disk.path for disk in self._hello.disks}
@@ -205,6 +207,14 @@ class Arrival:
             await self._make_bitmap(bitmap, bytes(data))
         for served in self._hello.exports:
             await self._make_export(served)
+
+    async def _take_images(self) -> None:
+        """Nodes were opened inactive while the guest was awaited."""
+        graph = self._daemon.graph
+        for node in list(graph.nodes.values()):
+            if not node.active:
+                self._undo.append(_inactivation(node))
+                await activate(graph, node)
 
     async def _take_device(self, disk: Disk) -> None:
         devices = self._daemon.devices
@@ -279,6 +289,10 @@ class Arrival:
 
 def _deletion(daemon: Daemon, device: VirtioBlk) -> Callable[[], Awaitable[None]]:
     return lambda: daemon.devices.delete(device.path)
+
+
+def _inactivation(node: Node) -> Callable[[], Awaitable[None]]:
+    return lambda: inactivate(node.graph, node)
 
 
 def _withdrawal(device: VirtioBlk) -> Callable[[], Awaitable[None]]:

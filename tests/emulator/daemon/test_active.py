@@ -66,6 +66,8 @@ SCRIPTS: dict[str, list[Step]] = {
         writable("b.qcow2"),
         step("blockdev-add", driver="raw", node_name="above", file="b"),
         step("blockdev-add", driver="raw", node_name="above", file="b", active=False),
+        add("a", active=False, backing={"driver": "null-co", "node-name": "below"}),
+        NODES,
         step("blockdev-add", driver="null-co", node_name="t", size=1 << 20),
         step("blockdev-mirror", job_id="j", device="t", target="b", sync="full"),
         step("block_resize", node_name="b", size=2 << 20),
@@ -121,6 +123,34 @@ def even_out(text: str) -> str:
     return re.sub(r'"virtual-size": (?!1048576)\d+', '"virtual-size": 0', text)
 
 
+AWAITING: list[Step] = [
+    NODES,
+    writable("disk.qcow2"),
+    add("b", active=True),
+    writable("b.qcow2"),
+    step("blockdev-add", driver="raw", node_name="above", file="b"),
+    step("blockdev-add", driver="null-co", node_name="t", size=1 << 20),
+    NODES,
+    step("block_resize", node_name="disk", size=2 << 20),
+    step("blockdev-mirror", job_id="j", device="disk", target="t", sync="full"),
+    step("block-stream", job_id="j", device="disk"),
+    step("blockdev-backup", job_id="j", device="disk", target="t", sync="full"),
+    Human("drive_add 0 if=none,id=d,file=a.qcow2,format=qcow2"),
+    step("drive-mirror", device="d", target="m.raw", format="raw", sync="full"),
+    step("blockdev-snapshot-sync", node_name="disk", snapshot_file="s.qcow2", snapshot_node_name="s"),
+    NODES,
+    NBD,
+    step("nbd-server-add", device="d", writable=True),
+    NODES,
+    step("block-export-add", type="nbd", id="e", node_name="b", allow_inactive=True),
+    client("read 0 512", "write 0 512"),
+    step("blockdev-set-active", node_name="s", active=True),
+    NODES,
+    step("cont"),
+    step("query-status"),
+]
+"""While a guest is to come from another process: every node is opened inactive, until it is exported."""
+
 DISK = ["-blockdev", "qcow2,node-name=disk,file.driver=file,file.node-name=disk-file,file.filename=disk.qcow2"]
 
 
@@ -128,6 +158,11 @@ DISK = ["-blockdev", "qcow2,node-name=disk,file.driver=file,file.node-name=disk-
 def test_as_qemu(name: str, short_path: Path) -> None:
     options = [*MACHINE, *DISK, "-device", "virtio-blk-pci,drive=disk,id=v", *([] if "-S" in MACHINE else ["-S"])]
     compare(short_path, SCRIPTS[name], prepare=prepare, options=options, even_out=even_out)
+
+
+def test_awaiting_a_guest_as_qemu(short_path: Path) -> None:
+    options = [*MACHINE, *DISK, "-device", "virtio-blk-pci,drive=disk,id=v", "-incoming", "defer"]
+    compare(short_path, AWAITING, prepare=prepare, options=options, even_out=even_out)
 
 
 # -- what QEMU does not do ---------------------------------------------------------------------------------------------

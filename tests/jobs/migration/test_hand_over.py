@@ -18,6 +18,7 @@ import pytest
 from kit import certificates
 from kit.livedisk import Daemon, livedisk
 from kit.peers import peer
+from kit.places import short_folder
 from kit.process import Process
 from kit.qemu import create, qemu_io
 from kit.qmp import Qmp, QmpError
@@ -722,3 +723,33 @@ def test_until_the_guest_comes_its_disks_are_others_to_fill(short_path: Path) ->
         assert status(qmp) == "paused"
         qmp.execute("cont")
         assert status(qmp) == "running"
+
+
+def test_images_that_the_source_has_are_inactive_again_after_a_refusal(short_path: Path) -> None:
+    """Both opened one image. The source's lock refuses the destination; without the source it has the guest's disk at once."""
+    create(short_path / "d.qcow2", str(SIZE))
+    node = "driver=qcow2,node-name=d,file.driver=file,file.filename=d.qcow2"
+    disk = ("--blockdev", node, "--device", "virtio-blk,drive=d,id=virtio0")
+
+    def active(qmp: Qmp) -> set[bool]:
+        return {one["active"] for one in qmp.execute("query-named-block-nodes", flat=True)}
+
+    with (
+        short_folder() as other,
+        Daemon(other, *disk, "-incoming", "defer", cwd=short_path) as there,
+        Qmp(there.qmp_socket) as target,
+    ):
+        target.execute("migrate-incoming", uri=f"unix:{other}/guest", exit_on_error=False)
+        with Daemon(short_path, *disk, cwd=short_path) as here, Qmp(here.qmp_socket) as source:
+            assert active(target) == {False}
+            source.execute("migrate", uri=f"unix:{other}/guest")
+            assert 'Failed to get "' in ended(source)["error-desc"]
+            assert (status(source), active(source)) == ("running", {True})
+            assert ended(target)["status"] == "failed"
+            assert (status(target), active(target)) == ("inmigrate", {False})
+        with Daemon(short_path) as empty, Qmp(empty.qmp_socket) as source:
+            target.execute("migrate-incoming", uri=f"unix:{other}/guest", exit_on_error=False)
+            source.execute("migrate", uri=f"unix:{other}/guest")
+            assert ended(source)["status"] == "completed"
+        assert ended(target)["status"] == "completed"
+        assert (status(target), active(target)) == ("running", {True})
