@@ -12,7 +12,6 @@ that are renewed take a new object. Source: QEMU ``qapi/crypto.json``, ``crypto/
 from __future__ import annotations
 
 import enum
-import functools
 import os
 import ssl
 from typing import Any, Final, Protocol
@@ -57,16 +56,14 @@ class TlsCredsPskOptions(TlsCredsOptions):
 
 
 class TlsCreds(Protocol):
-    """Credentials of any kind."""
+    """Credentials of any kind. ``context``: what to speak TLS with, once they are complete."""
 
     endpoint: Endpoint
+    context: ssl.SSLContext
 
     @property
     def needs_hostname(self) -> bool:
-        """Whether a client has to say whom it expects."""
-
-    def context(self, hostname: str | None) -> ssl.SSLContext:
-        """What to speak TLS with. A client insists that the server's certificate is for ``hostname``, if that is given."""
+        """Whether a client has to say whom it expects; its context then insists that the server's certificate is for that."""
 
 
 class TlsCredsX509:
@@ -74,8 +71,8 @@ class TlsCredsX509:
 
     def __init__(self, options: TlsCredsX509Options) -> None:
         self.endpoint = options.endpoint
+        self.context: ssl.SSLContext
         self._options = options
-        self._password: bytes | None = None
 
     @property
     def needs_hostname(self) -> bool:
@@ -84,31 +81,29 @@ class TlsCredsX509:
 
     def complete(self, objects: Objects) -> None:
         """Load and check everything. Raises LiveDiskError in QEMU's words."""
-        if isinstance(self._options.passwordid, str):
-            self._password = _secret(objects, self._options.passwordid)
+        passwordid = self._options.passwordid
+        password = _secret(objects, passwordid) if isinstance(passwordid, str) else b""
         server = self.endpoint is Endpoint.SERVER
         authority = self._file("ca-cert.pem")
         certificate = self._file(f"{self.endpoint}-cert.pem", needed=server)
         if self._options.sanity_check:
             assert authority is not None
             check(authority, certificate, server=server)
-        self.context(None)
+        self.context = self._load(password)
 
-    @functools.cache  # noqa: B019 - credentials are few, and live as long as what was made of them
-    def context(self, hostname: str | None) -> ssl.SSLContext:
-        """See `TlsCreds`."""
+    def _load(self, password: bytes) -> ssl.SSLContext:
         context = _fresh(self.endpoint, self._options.priority)
         server = self.endpoint is Endpoint.SERVER
         context.check_hostname = False
         context.verify_mode = ssl.CERT_REQUIRED if self._options.verify_peer else ssl.CERT_NONE
-        context.check_hostname = hostname is not None and self._options.verify_peer
+        context.check_hostname = self._options.verify_peer and not server
         self._load_authority(context)
         certificate = self._file(f"{self.endpoint}-cert.pem", needed=server)
         key = self._file(f"{self.endpoint}-key.pem", needed=server or certificate is not None)
         if certificate is not None and key is not None:
             try:
                 # With an empty answer OpenSSL fails where it would ask at the terminal.
-                context.load_cert_chain(certificate, key, password=self._password or b"")
+                context.load_cert_chain(certificate, key, password=password)
             except (ssl.SSLError, OSError) as error:
                 raise LiveDiskError(f"Cannot load certificate '{certificate}' & key '{key}': {_words(error)}") from None
         return context
@@ -142,6 +137,7 @@ class TlsCredsPsk:
 
     def __init__(self, options: TlsCredsPskOptions) -> None:
         self.endpoint = options.endpoint
+        self.context: ssl.SSLContext
         self._options = options
         self._keys: dict[str, bytes] = {}
 
@@ -162,22 +158,23 @@ class TlsCredsPsk:
         self._keys = _read_keys(path)
         if self.endpoint is Endpoint.CLIENT and self._username not in self._keys:
             raise LiveDiskError(f"Username {self._username} not found in PSK credentials {path}")
+        self.context = self._make_context()
 
     @property
     def _username(self) -> str:
         return self._options.username if isinstance(self._options.username, str) else "qemu"
 
-    @functools.cache  # noqa: B019 - as above
-    def context(self, hostname: str | None) -> ssl.SSLContext:
-        """See `TlsCreds`; there is no name to check, the key is the proof."""
+    def _make_context(self) -> ssl.SSLContext:
+        """There is no name to check, the key is the proof."""
+        keys, username = self._keys, self._username
         made: Any = _fresh(self.endpoint, self._options.priority)
         made.check_hostname = False
         made.verify_mode = ssl.CERT_NONE
         made.set_ciphers("PSK")
         if self.endpoint is Endpoint.SERVER:
-            made.set_psk_server_callback(lambda identity: self._keys.get(identity or "", b""))
+            made.set_psk_server_callback(lambda identity: keys.get(identity or "", b""))
         else:
-            made.set_psk_client_callback(lambda _hint: (self._username, self._keys[self._username]))
+            made.set_psk_client_callback(lambda _hint: (username, keys[username]))
         context: ssl.SSLContext = made
         return context
 
@@ -198,7 +195,7 @@ def server_tls(objects: Objects, creds: str, authz: str | None) -> ServerTls:
     """
     found = _find(objects, creds, Endpoint.SERVER)
     if authz is None:
-        return ServerTls(found.context(None))
+        return ServerTls(found.context)
 
     def admit(certificate: bytes | None) -> None:
         if certificate is None:
@@ -211,7 +208,7 @@ def server_tls(objects: Objects, creds: str, authz: str | None) -> ServerTls:
         if not allowed.allows(name):
             raise PermissionError(f"TLS x509 authz check for {name} is denied")
 
-    return ServerTls(found.context(None), admit)
+    return ServerTls(found.context, admit)
 
 
 def client_tls(objects: Objects, creds: str, hostname: str | None) -> ClientTls:
@@ -222,7 +219,7 @@ def client_tls(objects: Objects, creds: str, hostname: str | None) -> ClientTls:
             "No hostname for certificate validation",
             hint="A Unix socket has no name to check: give the server's as tls-hostname",
         )
-    return ClientTls(found.context(hostname), hostname)
+    return ClientTls(found.context, hostname)
 
 
 def _find(objects: Objects, name: str, endpoint: Endpoint) -> TlsCreds:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
+import shutil
 import ssl
+import weakref
 from datetime import timedelta
 from pathlib import Path
 
@@ -295,6 +298,21 @@ def test_psk_needs_a_newer_python_or_its_keys(tmp_path: Path) -> None:
     else:
         with pytest.raises(LiveDiskError, match=r"needs Python 3\.13"):
             Objects().add(options)
+
+
+def test_files_are_read_when_the_object_is_made_and_keys_forgotten_when_it_goes(tmp_path: Path) -> None:
+    folder = certificates.folder(tmp_path / "tls")
+    objects = Objects()
+    objects.add(TlsCredsX509Options(qom_type="tls-creds-x509", id="t", dir=str(folder), endpoint=Endpoint.CLIENT))
+    shutil.rmtree(folder)
+    one, other = client_tls(objects, "t", "one"), client_tls(objects, "t", "other")
+    assert (one.hostname, other.hostname) == ("one", "other")
+    assert one.context.check_hostname
+    kept = weakref.ref(one.context)
+    objects.delete("t")
+    del one, other
+    gc.collect()
+    assert kept() is None
 
 
 def test_ends_are_not_mixed_up(certs: Path) -> None:
