@@ -14,6 +14,8 @@ bdrv_backing_options).
 
 from __future__ import annotations
 
+import errno
+import os
 import random
 import re
 from collections.abc import AsyncIterator, Callable, Collection, Iterable, Iterator
@@ -36,6 +38,8 @@ from livedisk.emulator.errors import BlockError, NodeNotFound
 from livedisk.nbd.client_connection import Secure
 
 _WELL_FORMED = re.compile(r"[A-Za-z][A-Za-z0-9._-]*\Z")
+MAX_LENGTH = (1 << 63) - (1 << 30)
+"""Bytes of the largest image (QEMU's BDRV_MAX_LENGTH): ranges rounded to whole blocks stay below 2^63."""
 MAX_DEPTH = 500
 """Images that may stand on each other when they are opened; each takes a few frames of Python's stack."""
 MAX_NAME = 31
@@ -134,6 +138,9 @@ class Graph:
         self.nodes[node.name] = node
         try:
             await node.driver.open()
+            if node.driver.size > MAX_LENGTH:
+                await node.driver.close()
+                raise BlockError(f"Could not refresh total sector count: {os.strerror(errno.EFBIG)}")
         except BaseException:
             await self._abandon(node)
             raise

@@ -9,12 +9,13 @@ who comes from elsewhere: whoever starts to look sees what is there then, also i
 from __future__ import annotations
 
 import asyncio
+import errno
 from collections import deque
 from typing import Final
 
 from livedisk.nbd.client_link import Link
 from livedisk.nbd.client_transmission import NO_FLAGS
-from livedisk.nbd.constants import Command, CommandFlag
+from livedisk.nbd.constants import BASE_ALLOCATION, Command, CommandFlag
 
 _AHEAD: Final = 256 << 20
 """Bytes that a sweep asks for at once."""
@@ -85,5 +86,7 @@ class Extents:
             left -= run
             if not left:
                 break
-        # An answer without our context says nothing: data, which is never wrong.
+        if not extents and self._context != BASE_ALLOCATION:
+            raise OSError(errno.EIO, f"server told nothing of {self._context} at {offset}")
+        # An answer without the allocation says nothing: data, which is never wrong. Of a bitmap, that would mean clean.
         return extents or deque([(wanted, 0)])

@@ -195,6 +195,28 @@ def test_block_status_that_is_too_long_or_not_of_whole_blocks(short_path: Path) 
     run(test)
 
 
+def test_block_status_that_tells_nothing_is_data_but_no_clean_bitmap(short_path: Path) -> None:
+    bitmap = b"qemu:dirty-bitmap:b"
+
+    async def test() -> None:
+        puppet = Puppet(lambda command, cookie, offset, length: chunk(1, 0, cookie))
+        async with served(short_path, puppet) as options, opened(options) as disk:
+            status = await block_status(disk.node, 0, SIZE)
+            assert (status.length, status.zero, status.data) == (SIZE, False, True)
+        told = struct.pack(">I", 0) + bitmap
+        puppet.options[raw.SET_META] = reply(raw.SET_META, 4, told) + reply(raw.SET_META, 1)
+        (short_path / "server").unlink()
+        async with (
+            served(short_path, puppet) as options,
+            opened({**options, "x-dirty-bitmap": bitmap.decode()}) as disk,
+        ):
+            with pytest.raises(OSError, match="told nothing of qemu:dirty-bitmap:b at 0") as caught:
+                await block_status(disk.node, 0, SIZE)
+            assert caught.value.errno == errno.EIO
+
+    run(test)
+
+
 def test_a_server_that_goes_away_in_the_middle_of_an_answer(short_path: Path) -> None:
     """The read is sent again, and what came of the first answer does not show."""
 
@@ -292,6 +314,10 @@ def lie(**options: bytes) -> Callable[[Puppet], None]:
         (
             lie(GO=reply(raw.GO, 3, struct.pack(">HQH", 0, 1 << 63, FLAGS)) + reply(raw.GO, 1)),
             "export of 9223372036854775808",
+        ),
+        (
+            lie(GO=reply(raw.GO, 3, struct.pack(">HQH", 0, (1 << 63) - 1, FLAGS)) + reply(raw.GO, 1)),
+            "Could not refresh total sector count: File too large",
         ),
         (lie(GO=reply(raw.GO, 2**31 + 2, b"go away")), r"Denied by server for option 7 \(go\)"),
         (lie(GO=reply(raw.GO, 2**31 + 5)), r"Server requires TLS for option 7 \(go\)"),
