@@ -272,7 +272,7 @@ class Link:
             ended(None, pending.holes)
 
     def _failed(self) -> OSError:
-        return OSError(errno.EIO, f"{os.strerror(errno.EIO)}: {self._where}: {self._cause}")
+        return OSError(errno.EIO, f"{os.strerror(errno.EIO)}: {self._where}: {_words(self._cause)}")
 
     async def _choose(self) -> ClientConnection:
         """The connection with the least under way, once there is one. Raises OSError where the state does not allow to wait."""
@@ -325,7 +325,7 @@ class Link:
         assert error is not None
         if self.state is State.ENDED:
             return
-        log.warning("%s: %s", self._where, error)
+        log.warning("%s: %s", self._where, _words(error))
         if isinstance(error, ProtocolError):
             self._end(error)
             for other in list(self._connections):
@@ -408,3 +408,8 @@ class Link:
             task.add_done_callback(self._tasks.discard)
         if len(self._connections) > 1:
             self._narrowing = asyncio.get_running_loop().call_later(_IDLE, self._narrow)
+
+
+def _words(error: Exception) -> str:
+    """Why, without the number that Python puts before a failed system call's words."""
+    return getattr(error, "strerror", None) or str(error)

@@ -193,7 +193,7 @@ class NbdDriver(Driver):
         except OSError as error:
             if self._link.state is State.CONNECTED:
                 raise
-            log.warning("%s: what was written since the last flush may be lost: %s", self._where, error)
+            log.warning("%s: what was written since the last flush may be lost: %s", self._where, error.strerror)
         finally:
             yank.unregister(_KIND, self.node.name)
             await self._link.close()

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import os
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -152,7 +153,8 @@ def test_without_a_delay_requests_fail_at_once(short_path: Path) -> None:
             await disk.write(0, data(1))
             await place.stop()
             await fails(disk.flush())
-            await fails(read(disk, 0, 512))
+            text = await fails(read(disk, 0, 512))
+            assert text.endswith(f"export '': Failed to connect to '{place.path}': {os.strerror(errno.ENOENT)}")
             await place.start()
             assert await read(disk, 0, 4096) == data(1)
             await disk.flush()
