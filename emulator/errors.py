@@ -24,6 +24,13 @@ from __future__ import annotations
 from typing import ClassVar
 
 
+def reason_of(error: Exception) -> str:
+    """What went wrong, for people: a failed system call's file and words, without the number that Python puts before them."""
+    if not isinstance(error, OSError):
+        return str(error)
+    return (f"{error.filename}: " if error.filename else "") + (error.strerror or str(error))
+
+
 class LiveDiskError(Exception):
     """Root of the tree. ``str(error)`` is the text a person reads and QMP's ``desc``.
 

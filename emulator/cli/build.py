@@ -16,7 +16,7 @@ from livedisk.emulator.cli.daemon_options import DEVICES, MACHINE, MONITORS, STO
 from livedisk.emulator.cli.options import Given
 from livedisk.emulator.daemon import Daemon
 from livedisk.emulator.device.runstate import State
-from livedisk.emulator.errors import LiveDiskError, ParameterError
+from livedisk.emulator.errors import LiveDiskError, ParameterError, reason_of
 from livedisk.emulator.exports.options import NbdExportOptions, NbdServerOptions
 from livedisk.emulator.qmp.chardev import (
     MonitorOptions,
@@ -40,12 +40,8 @@ class Refused(Exception):
     """An option failed. The text names it as it was written; further lines say what would be accepted."""
 
     def __init__(self, given: Given, error: Exception) -> None:
-        reason = str(error)
-        if isinstance(error, OSError):
-            where = f"{error.filename}: " if error.filename else ""
-            reason = where + (error.strerror or reason)
         hint = getattr(error, "hint", "")
-        super().__init__(f"{given.text}: {reason}" + (f"\n{hint}" if hint else ""))
+        super().__init__(f"{given.text}: {reason_of(error)}" + (f"\n{hint}" if hint else ""))
 
 
 class HelpShown(Exception):

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import click
 import msgspec
 
-from livedisk.emulator.errors import BlockError, LiveDiskError, ParameterError
+from livedisk.emulator.errors import BlockError, LiveDiskError, ParameterError, reason_of
 
 if TYPE_CHECKING:
     from livedisk.emulator.block.node import Node
@@ -70,10 +70,7 @@ def run_to_end(work: Callable[[], Coroutine[Any, Any, int]]) -> None:
     try:
         code = asyncio.run(work())
     except (LiveDiskError, OSError) as error:
-        reason = str(error)
-        if isinstance(error, OSError) and error.filename:
-            reason = f"{error.filename}: {error.strerror}"
-        click.echo(f"livedisk img: {reason}", err=True)
+        click.echo(f"livedisk img: {reason_of(error)}", err=True)
         hint = getattr(error, "hint", "")
         if hint:
             click.echo(hint, err=True)
@@ -143,7 +140,12 @@ def create_command(
             if value is not None:
                 given[name] = value
         nocow = switch_of("nocow", given.get("nocow", "off"))
-        line = await (_create_qcow2(image, given, nocow, unsafe) if fmt == "qcow2" else create_raw(image, given, nocow))
+        try:
+            line = await (
+                _create_qcow2(image, given, nocow, unsafe) if fmt == "qcow2" else create_raw(image, given, nocow)
+            )
+        except _StorageError as error:
+            raise BlockError(f"{image}: {error}", hint=error.hint) from error
         if not quiet:
             click.echo(f"Formatting '{image}', fmt={fmt} {line}{' nocow=on' if nocow else ''}")
         return 0
@@ -170,27 +172,49 @@ async def _create_qcow2(image: str, given: dict[str, str], nocow: bool, unsafe: 
 
 async def create_qcow2(name: str, options: CreateOptions, *, nocow: bool) -> None:
     """Into a file, or into what is there already where that is not one of this host's."""
-    from livedisk.emulator.cli.images import is_path
-    from livedisk.emulator.daemon import Daemon
     from livedisk.emulator.drivers.qcow2.create import create_file
-    from livedisk.emulator.qmp.new_images import create_in_storage, host_path
 
-    daemon = Daemon()
-    path = name if is_path(name) else host_path(name)
+    path = _host_path(name)
     if path is not None:
         await create_file(path, options, nocow=nocow)
-        return
+    else:
+        await _create_in_storage(name, "qcow2", options)
+
+
+def _host_path(name: str) -> str | None:
+    """The file of this host that ``name`` means; None: what is there already, such as an export. Raises BlockError."""
+    from livedisk.emulator.cli.images import is_path
+    from livedisk.emulator.qmp.new_images import host_path
+    from livedisk.emulator.qmp.registry import load_plugins
+
+    load_plugins()
+    return name if is_path(name) else host_path(name)
+
+
+async def _create_in_storage(name: str, fmt: str, options: CreateOptions) -> None:
+    from livedisk.emulator.daemon import Daemon
+    from livedisk.emulator.qmp.new_images import create_in_storage
+
+    daemon = Daemon()
     try:
-        await create_in_storage(daemon.graph, name, "qcow2", options)
+        await create_in_storage(daemon.graph, name, fmt, options)
+    except (BlockError, OSError) as error:
+        raise _StorageError(reason_of(error), hint=getattr(error, "hint", "")) from error
     finally:
         await daemon.close()
 
 
+class _StorageError(BlockError):
+    """What is there already could not be made an image; the text does not name it."""
+
+
 async def create_raw(image: str, given: dict[str, str], nocow: bool) -> str:
-    """Make a raw file; what qemu-img says of it. Raises LiveDiskError, OSError."""
+    """Make a raw file, or zero the first sector of what is there already where that is not one of this host's; what qemu-img says
+    of it. Raises LiveDiskError, OSError."""
     from livedisk.emulator.block.graph import Graph
     from livedisk.emulator.block.types import Preallocation
     from livedisk.emulator.drivers.file_create import BlockdevCreateOptionsFile, create
+    from livedisk.emulator.drivers.qcow2.create import CreateOptions
 
     if "backing_file" in given or "backing_fmt" in given:
         raise BlockError(f"{image}: Backing file not supported for file format 'raw'")
@@ -199,10 +223,15 @@ async def create_raw(image: str, given: dict[str, str], nocow: bool) -> str:
     size, mode = size_of("image size", given["size"]), given.get("preallocation", "off")
     if mode not in [one.value for one in Preallocation]:
         raise ParameterError(f"{image}: Parameter 'preallocation' does not accept value '{mode}'")
-    options = BlockdevCreateOptionsFile(
-        driver="file", filename=image, size=-(-size // 512) * 512, preallocation=Preallocation(mode), nocow=nocow
-    )
-    await create(Graph(), options)
+    size = -(-size // 512) * 512
+    path = _host_path(image)
+    if path is None:
+        await _create_in_storage(image, "raw", CreateOptions(size=size))
+    else:
+        options = BlockdevCreateOptionsFile(
+            driver="file", filename=path, size=size, preallocation=Preallocation(mode), nocow=nocow
+        )
+        await create(Graph(), options)
     return f"size={size}" + (f" preallocation={mode}" if "preallocation" in given else "")
 
 
@@ -366,6 +395,9 @@ async def _check(
         except CheckFailed as error:
             click.echo(f"livedisk img: Check failed: {error}", err=True)
             return 1
+        except OSError as error:
+            click.echo(f"livedisk img: Check failed: {image}: {reason_of(error)}", err=True)
+            return 1
     if as_json:
         print_json(result.to_json(image))
     elif not quiet:
@@ -452,6 +484,12 @@ async def _graph_info(node: Node) -> dict[str, Any]:
     return {"children": children, **info}
 
 
+def _disk_size(info: dict[str, Any]) -> str:
+    from livedisk.emulator.qmp.hmp_block import human_size
+
+    return f"disk size: {human_size(info['actual-size']) if 'actual-size' in info else 'unavailable'}"
+
+
 def _described_child(info: dict[str, Any], path: str) -> list[str]:
     from livedisk.emulator.qmp.hmp_block import human_size
 
@@ -462,8 +500,7 @@ def _described_child(info: dict[str, Any], path: str) -> list[str]:
         f"    protocol type: {info['format']}",
         f"    file length: {human_size(size)} ({size} bytes)",
     ]
-    if "actual-size" in info:
-        lines.append(f"    disk size: {human_size(info['actual-size'])}")
+    lines.append(f"    {_disk_size(info)}")
     data = info.get("format-specific", {}).get("data", {})
     if data:
         lines += ["    Format specific information:", *_members(data, "        ")]
@@ -481,7 +518,7 @@ def _described_info(info: dict[str, Any]) -> str:
         f"file format: {info['format']}",
         f"virtual size: {human_size(size)} ({size} bytes)",
     ]
-    lines.append(f"disk size: {human_size(info['actual-size']) if 'actual-size' in info else 'unavailable'}")
+    lines.append(_disk_size(info))
     if "cluster-size" in info:
         lines.append(f"cluster_size: {info['cluster-size']}")
     if "backing-filename" in info:
@@ -553,9 +590,13 @@ def map_command(
         low = size_of("start offset", start_offset) if start_offset is not None else 0
         most = size_of("max length", max_length) if max_length is not None else 1 << 63
         async with opened(image, fmt, force_share=force_share) as node:
-            extents = [found async for found in _extents(node, low, min(node.size, low + most))]
+            try:
+                extents = [found async for found in _extents(node, low, min(node.size, low + most))]
+            except OSError as error:
+                raise BlockError(f"Could not read file metadata: {reason_of(error)}") from None
         if output == "json":
-            rows = [_map_entry(start, length, extent) for start, length, extent in extents]
+            nothing = (low, 0, _Extent(0, present=False, zero=False, data=False, compressed=False))
+            rows = [_map_entry(*found) for found in extents or [nothing]]
             click.echo("[" + ",\n".join(rows) + "]")
             return 0
         click.echo(f"{'Offset':<16}{'Length':<16}{'Mapped to':<16}File")

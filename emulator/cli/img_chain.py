@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Final
 import click
 
 from livedisk.emulator.cli.img import IMAGE, SETTINGS, img, run_to_end
-from livedisk.emulator.errors import BlockError, LiveDiskError, ParameterError
+from livedisk.emulator.errors import BlockError, LiveDiskError, ParameterError, reason_of
 
 if TYPE_CHECKING:
     from livedisk.emulator.block.backend import BlockBackend
@@ -221,7 +221,7 @@ async def _new_backing(made: object, image: str, name: str, fmt: str | None) -> 
     try:
         return await made.open(path, fmt)
     except (LiveDiskError, OSError) as error:
-        raise BlockError(f"Could not open new backing file '{path}': {error}") from None
+        raise BlockError(f"Could not open new backing file '{path}': {reason_of(error)}") from None
 
 
 class _Rebase:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Final
 import click
 
 from livedisk.emulator.cli.img import SETTINGS, img, run_to_end
-from livedisk.emulator.errors import LiveDiskError
+from livedisk.emulator.errors import LiveDiskError, reason_of
 
 if TYPE_CHECKING:
     from livedisk.emulator.block.backend import BlockBackend
@@ -55,13 +55,13 @@ def compare_command(
                 try:
                     backends.append(await made.open(path, kind, force_share=force_share))
                 except (LiveDiskError, OSError) as error:
-                    raise Quit(str(error), 2) from None
+                    raise Quit(reason_of(error), 2) from None
             shown = Progress(progress and not quiet)
             comparison = _Comparison((backends[0], backends[1]), (image1, image2), strict=strict)
             difference = await comparison.run(shown)
             shown.end()
             if not quiet:
-                if comparison.sizes_differ and not strict:
+                if comparison.common_is_alike:
                     click.echo("Warning: Image size mismatch!")
                 click.echo(difference or "Images are identical.")
             return 1 if difference else 0
@@ -76,21 +76,23 @@ class _Comparison:
         self._pair = pair
         self._names = names
         self._strict = strict
-        self.sizes_differ = pair[0].size != pair[1].size
+        self.common_is_alike = False
+        """Whether one is longer, and its rest was looked at."""
 
     async def run(self, shown: object) -> str | None:
         """What differs first, in qemu-img's words, or None. Raises Quit."""
         from livedisk.emulator.cli.img_open import Progress
 
         assert isinstance(shown, Progress)
-        if self.sizes_differ and self._strict:
-            return "Strict mode: Image size mismatch!"
         sizes = [backend.size for backend in self._pair]
+        if self._strict and sizes[0] != sizes[1]:
+            return "Strict mode: Image size mismatch!"
         offset, end = 0, min(sizes)
         while offset < max(sizes):
             if offset < end:
                 length, difference = await self._compare(offset, end - offset)
             else:
+                self.common_is_alike = True
                 longer = sizes.index(max(sizes))
                 length, difference = await self._rest(longer, offset, max(sizes) - offset)
             if difference is not None:
@@ -131,7 +133,7 @@ class _Comparison:
         try:
             return await block_status(self._pair[index].node, offset, length)
         except OSError as error:
-            raise Quit(f"Sector allocation test failed for {self._names[index]}: {error}", 3) from None
+            raise Quit(f"Sector allocation test failed for {self._names[index]}: {reason_of(error)}", 3) from None
 
     async def _read(self, index: int, offset: int, length: int) -> bytearray:
         from livedisk.emulator.cli.img_open import Quit
@@ -140,7 +142,7 @@ class _Comparison:
         try:
             await self._pair[index].read(offset, memoryview(data))
         except OSError as error:
-            raise Quit(f"Error while reading offset {offset} of {self._names[index]}: {error}", 4) from None
+            raise Quit(f"Error while reading offset {offset} of {self._names[index]}: {reason_of(error)}", 4) from None
         return data
 
 

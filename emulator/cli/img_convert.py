@@ -191,10 +191,6 @@ async def _convert(order: Order, shown: Progress) -> None:
 # -- making the target -------------------------------------------------------------------------------------------------
 async def _create(order: Order, source: BlockBackend) -> bool:
     """Make the output; whether it has a backing file. Raises LiveDiskError, OSError."""
-    from livedisk.emulator.cli.images import is_path
-
-    if order.target == "raw" and not is_path(order.output):
-        raise BlockError(f"'{order.output}' cannot be made, only written to: use -n")
     try:
         if order.target == "raw":
             given = creation_words(order.words, RAW_OPTIONS) | (

@@ -21,7 +21,7 @@ from livedisk.emulator.cli.img import (
     run_to_end,
     size_of,
 )
-from livedisk.emulator.errors import BlockError, ParameterError
+from livedisk.emulator.errors import BlockError, ParameterError, reason_of
 
 if TYPE_CHECKING:
     from livedisk.emulator.block.node import Node
@@ -104,7 +104,7 @@ async def _measure(target: str, words: tuple[str, ...], size: int, source: Node 
 
 async def measure_qcow2(options: CreateOptions, source: Node | None, *, backed: bool) -> Measure:
     """Room for a qcow2 image with the data of ``source`` (None: without any). ``backed``: with a backing file, of which nobody
-    knows how much it holds already. Raises OSError."""
+    knows how much it holds already. Raises BlockError."""
     from livedisk.emulator.block.types import Preallocation
     from livedisk.emulator.drivers.qcow2.create import Version, check_options
 
@@ -128,7 +128,10 @@ async def _data_of(source: Node, cluster: int) -> int:
 
     offset = found = 0
     while offset < source.size:
-        status = await block_status(source, offset, source.size - offset)
+        try:
+            status = await block_status(source, offset, source.size - offset)
+        except OSError as error:
+            raise BlockError(f"Unable to get block status: {reason_of(error)}") from None
         if status.data and not status.zero and status.allocated:
             # Whole clusters: a run that begins inside one counts it, and the next run begins behind it.
             end = min(_up(offset + status.length, cluster), _up(source.size, cluster))

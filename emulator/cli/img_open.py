@@ -56,7 +56,11 @@ class Images:
         perm = Perm.CONSISTENT_READ | (Perm.WRITE | Perm.RESIZE if writable else Perm.NONE)
         # Who looks at the bare file of a format shares it as the format would: with nobody who writes.
         bare = fmt == "file" and not force_share
-        self.graph.attach_root(backend, node, perm, Perm.CONSISTENT_READ | Perm.WRITE_UNCHANGED if bare else Perm.ALL)
+        shared = Perm.CONSISTENT_READ | Perm.WRITE_UNCHANGED if bare else Perm.ALL
+        try:
+            self.graph.attach_root(backend, node, perm, shared)
+        except BlockError as error:
+            raise type(error)(f"Could not open '{name}': {error}", hint=error.hint) from None
         return backend
 
     async def close(self) -> None:

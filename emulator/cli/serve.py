@@ -23,7 +23,7 @@ from urllib.parse import quote
 import click
 import msgspec
 
-from livedisk.emulator.errors import LiveDiskError
+from livedisk.emulator.errors import LiveDiskError, reason_of
 
 if TYPE_CHECKING:
     from livedisk.emulator.daemon import Daemon
@@ -268,11 +268,7 @@ def _of_image(error: LiveDiskError, image: str) -> LiveDiskError:
 
 
 def _failed(error: Exception) -> int:
-    reason = str(error)
-    if isinstance(error, OSError):
-        where = f"{error.filename}: " if error.filename else ""
-        reason = where + (error.strerror or reason)
-    click.echo(f"livedisk serve: {reason}", err=True)
+    click.echo(f"livedisk serve: {reason_of(error)}", err=True)
     hint = getattr(error, "hint", "")
     if hint:
         click.echo(hint, err=True)

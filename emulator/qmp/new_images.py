@@ -59,5 +59,7 @@ async def create_in_storage(graph: Graph, name: str, fmt: str, options: CreateOp
 
             await create(node, options)
         else:
+            if options.size > node.size:
+                await node.truncate(options.size, exact=False)
             # What was there before must not be taken for an image of its format.
             await node.write_zeroes(0, min(SECTOR, node.size))

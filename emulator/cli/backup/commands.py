@@ -23,7 +23,7 @@ from livedisk.emulator.cli.backup.source import find_disks
 from livedisk.emulator.cli.backup.take import Order, Plan
 from livedisk.emulator.cli.figures import human_bytes
 from livedisk.emulator.cli.rate import Rate
-from livedisk.emulator.errors import LiveDiskError
+from livedisk.emulator.errors import LiveDiskError, reason_of
 from livedisk.emulator.qmp.client import QmpClient
 
 HELP = """Back up the disks of a running emulator (livedisk or QEMU) into a folder, whole or only what changed.
@@ -103,8 +103,7 @@ def _run(work: Callable[[], Coroutine[Any, Any, int]]) -> None:
     try:
         code = asyncio.run(stoppable())
     except (LiveDiskError, OSError) as error:
-        text = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) and error.filename else str(error)
-        click.echo(f"livedisk backup: {text}", err=True)
+        click.echo(f"livedisk backup: {reason_of(error)}", err=True)
         code = 1
     sys.exit(code)
 

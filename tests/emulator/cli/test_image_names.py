@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from kit.livedisk import Daemon, Serve, livedisk
+from kit.nbdkit import Nbdkit
 from kit.peers import run
 from kit.places import short_folder
 from kit.qemu import QemuNbd, create, info, qemu_img, qemu_io
@@ -225,3 +226,41 @@ def test_a_snapshot_on_an_export(folder: Path, short_path: Path) -> None:
         qmp.execute("blockdev-snapshot-sync", node_name="a", snapshot_file=overlay, snapshot_node_name="s")
         assert qmp.execute("query-block")[0]["inserted"]["node-name"] == "s"
         qmp.human('qemu-io s "read -P 5 64k 64k"')
+
+
+FAILING = {
+    "pread": [
+        ("compare", "-f", "raw", "-F", "raw", "URI", "a.raw"),
+        ("convert", "-f", "raw", "-O", "raw", "URI", "copy"),
+    ],
+    "extents": [("map", "-f", "raw", "URI"), ("measure", "-f", "raw", "-O", "qcow2", "URI")],
+}
+
+
+@pytest.mark.parametrize("request_", FAILING)
+def test_an_export_that_fails_is_told_in_qemu_imgs_words(request_: str, folder: Path, short_path: Path) -> None:
+    fault = ("error=ENOSPC", f"error-{request_}-rate=100%")
+    with Nbdkit(short_path, "--filter=error", "pattern" if request_ == "pread" else "memory", "1M", *fault) as server:
+        for line in FAILING[request_]:
+            theirs, ours = both(folder, *(server.uri if word == "URI" else word for word in line))
+            assert ours == theirs.removeprefix("Offset          Length          Mapped to       File\n")
+
+
+def test_a_raw_image_is_made_of_an_export_without_n(folder: Path, short_path: Path) -> None:
+    with Nbdkit(short_path, "memory", "2M") as server:
+        for line in (
+            ("convert", "-f", "raw", "-O", "raw", "a.raw", server.uri),
+            ("compare", "-f", "raw", "-F", "raw", "a.raw", server.uri),
+            ("create", "-f", "raw", server.uri, "1M"),
+            ("create", "-q", "-f", "raw", server.uri, "3M"),
+            ("info", "-f", "raw", server.uri),
+        ):
+            theirs, ours = both(folder, *line)
+            assert ours == theirs
+        assert livedisk("img", "compare", "-f", "raw", "-F", "raw", "a.raw", server.uri, cwd=folder).returncode == 0
+
+
+def test_an_export_that_cannot_be_written_to_is_named(folder: Path, short_path: Path) -> None:
+    with Nbdkit(short_path, "-r", "memory", "1M") as server:
+        told = both(folder, "convert", "-n", "-f", "raw", "-O", "raw", "a.raw", server.uri)[1]
+    assert told == f"qemu-img: Could not open '{server.uri}': Block node is read-only\n"

@@ -39,12 +39,17 @@ compare -f raw -F raw r.raw long.raw
 compare -s -f raw -F raw r.raw long.raw
 compare -f raw -F raw r.raw longer.raw
 compare -f raw -F raw longer.raw r.raw
+compare -f raw -F raw a.qcow2 longer.raw
 compare -q a.qcow2 b.qcow2
 compare -q a.qcow2 copy.qcow2
 compare a.qcow2 none.qcow2
 compare -f raw none.raw a.qcow2
 compare -U a.qcow2 copy.qcow2
 compare -p -q a.qcow2 copy.qcow2
+""",
+    "map of nothing": """
+map -f raw --output=json -s 1G r.raw
+map -f raw -s 1G r.raw
 """,
     "resize": """
 resize a.qcow2 8M
