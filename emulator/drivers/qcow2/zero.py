@@ -54,10 +54,10 @@ class Zeroer:
 
     # -- zeroes --------------------------------------------------------------------------------------------------------
     async def write_zeroes(self, offset: int, length: int, flags: ZeroFlags) -> None:
-        """Make a guest range (bytes) read as zeroes. Raises ENOTSUP, having changed nothing, on version 2 images, and with
-        NO_FALLBACK where a part would have to be written."""
+        """Make a guest range (bytes) read as zeroes. Raises ENOTSUP, having changed nothing, on version 2 images over a backing
+        file, and with NO_FALLBACK where a part would have to be written."""
         image = self.image
-        if image.header.version < 3:
+        if image.header.version < 3 and image.node.backing is not None:
             raise OSError(errno.ENOTSUP, "zero clusters need a version 3 image")
         step = image.geometry.subcluster_size
         end = offset + length
@@ -112,6 +112,10 @@ class Zeroer:
 
     def _zero_rule(self, flags: ZeroFlags) -> _Rule:
         image, tables = self.image, self.image.tables
+        if image.header.version < 3:
+            return (
+                self._discard_rule()
+            )  # there is no flag, and what has no storage reads as zeroes without a backing file
         unmap, no_unref = bool(flags & ZeroFlags.MAY_UNMAP), image.discards.no_unref
         zero_flag = 0 if tables.extended else ZERO
         zero_bits = ALL_SUBCLUSTERS_ZERO if tables.extended else 0

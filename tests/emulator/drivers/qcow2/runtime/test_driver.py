@@ -12,7 +12,7 @@ import pytest
 from kit.crashdisk import CrashDisk, CrashDiskOptions, Platter
 from kit.peers import run
 from kit.qcow2_disk import VARIANTS, opened
-from kit.qemu import check, create, info, measure_map, qemu_img
+from kit.qemu import assert_same, check, create, info, measure_map, qemu_img, qemu_io
 from livedisk.emulator.block.types import ZeroFlags
 from livedisk.emulator.drivers.qcow2.options import Encryption, EncryptionFormat, OverlapFlags, OverlapMode
 from livedisk.emulator.drivers.qcow2.overlap import Section
@@ -281,3 +281,35 @@ def test_inactivate_lets_qemu_in_and_activate_reads_what_it_did(tmp_path: Path) 
 
     assert asyncio.run(use()) == b"ours" * 128 + b"T" * 512
     check(path)
+
+
+def test_zeroes_take_no_room_in_a_version_2_image_without_a_backing_file(tmp_path: Path) -> None:
+    """There is no zero flag: what has no storage reads as zeroes, as long as nothing is below."""
+    ours, theirs = (create(tmp_path / name, MIB, options="compat=0.10") for name in ("ours.qcow2", "theirs.qcow2"))
+    writes = [(0, 4 * CLUSTER), (8 * CLUSTER, CLUSTER)]
+    zeroes = [(CLUSTER, CLUSTER), (3 * CLUSTER, CLUSTER + 512), (6 * CLUSTER + 512, CLUSTER), (8 * CLUSTER, 1024)]
+    qemu_io(
+        theirs,
+        *(f"write -P 1 {offset} {length}" for offset, length in writes),
+        *(f"write -z {offset} {length}" for offset, length in zeroes),
+    )
+
+    async def use() -> None:
+        async with opened(ours) as disk:
+            for offset, length in writes:
+                await disk.write(offset, b"\1" * length)
+            for offset, length in zeroes:
+                await disk.backend.write_zeroes(offset, length, ZeroFlags.NONE)
+
+    asyncio.run(use())
+    check(ours)
+    assert_same(ours, theirs, "-s")
+    base = create(tmp_path / "base.qcow2", MIB)
+    over = create(tmp_path / "over.qcow2", MIB, options="compat=0.10", backing=base)
+
+    async def over_a_backing_file() -> None:
+        async with opened(over) as disk:
+            with pytest.raises(OSError, match="zero clusters need a version 3 image"):
+                await disk.backend.write_zeroes(0, CLUSTER, ZeroFlags.NO_FALLBACK)
+
+    asyncio.run(over_a_backing_file())
