@@ -408,7 +408,7 @@ def parse_header(raw: bytes, purpose: Purpose = Purpose.WRITE) -> Header:
     if backing_at:
         if backing_length > min(MAX_BACKING_NAME, (1 << bits) - backing_at):
             raise ImageError("Backing file name too long")
-        header.backing_file = os.fsdecode(raw[backing_at : backing_at + backing_length])
+        header.backing_file = _c_string(raw[backing_at : backing_at + backing_length])
     if header.data_file_raw and not header.has_data_file:
         raise ImageError("data-file-raw requires a data file")
     return header

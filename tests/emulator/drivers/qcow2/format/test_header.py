@@ -71,6 +71,14 @@ def test_names_that_are_not_utf8_survive(plain: bytes) -> None:
     assert b"\xff\xfe.raw" in header.cluster()
 
 
+def test_a_backing_file_name_ends_at_a_zero_byte(plain: bytes) -> None:
+    """As QEMU reads it: no file of the host has one in its name."""
+    header = parse_header(plain[:65536])
+    header.backing_file = "base.raw"
+    raw = header.cluster().replace(b"base.raw", b"base\0raw")
+    assert parse_header(raw).backing_file == "base"
+
+
 def test_unknown_extensions_and_fields_survive(plain: bytes) -> None:
     header = parse_header(plain[:65536])
     header.extensions = [Extension(0x12345678, b"abc"), Extension(0x9ABCDEF0, bytes(range(100)))]
