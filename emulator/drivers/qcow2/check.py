@@ -122,6 +122,8 @@ class Walk:
     """L2 tables with zero clusters whose set-aside host cluster is not aligned: a repair makes them plain zeroes."""
     refcount_structures: list[int] = field(default_factory=list)
     """Clusters of the refcount table and blocks, each as often as it was counted."""
+    snapshot_table: bool = False
+    """The clusters of the snapshot table are among what was counted."""
 
 
 class Refcounts:
@@ -210,7 +212,7 @@ class Check:
         await self._walk_l1_tables(walk)
         for offset, use in walk.l2.items():
             await self._walk_l2(walk, offset, use)
-        self.count(walk.counts, header.snapshots_offset, self.snapshots.length)
+        walk.snapshot_table = self.count(walk.counts, header.snapshots_offset, self.snapshots.length)
         await self._walk_bitmaps(walk)
         self._walk_refcount_structures(walk)
         return walk
@@ -229,25 +231,26 @@ class Check:
             table.extend(table_from_bytes(raw))
         return table
 
-    def count(self, counts: ClusterCounts, offset: int, length: int, times: int = 1) -> None:
+    def count(self, counts: ClusterCounts, offset: int, length: int, times: int = 1) -> bool:
         """Count references to every cluster that the range touches.
 
-        A range that ends a cluster or more past the end of the file is a corruption and is not counted.
+        A range that ends a cluster or more past the end of the file is a corruption and is not counted. Returns whether it was.
         """
         if length <= 0:
-            return
+            return False
         if offset + length - self.file_size >= self.geometry.cluster_size:
             self.report(
                 "ERROR: counting reference for region exceeding the end of the file by one cluster or more: "
                 f"offset {offset:#x} size {length:#x}"
             )
             self.result.corruptions += times
-            return
+            return False
         bits = self.geometry.cluster_bits
         for cluster in range(offset >> bits, (offset + length - 1 >> bits) + 1):
             over = counts.add(cluster, times)
             if over:
                 self._overflow(cluster, over)
+        return True
 
     def _overflow(self, cluster: int, times: int) -> None:
         self.report(f"ERROR: overflow cluster offset={cluster << self.geometry.cluster_bits:#x}")

@@ -152,18 +152,20 @@ class _Repair:
         counts, bits = self.walk.counts, self.geometry.cluster_bits
         number = self.geometry.clusters(len(raw))
         first = counts.find_free(0, number)
-        old = self.header.snapshots_offset >> bits
-        old_end = self.geometry.clusters(self.header.snapshots_offset + self.run.snapshots.length)
+        old = range(
+            self.header.snapshots_offset >> bits,
+            self.geometry.clusters(self.header.snapshots_offset + self.run.snapshots.length),
+        )
         for cluster in range(first, first + number):
             counts.add(cluster)
         await self.file.write(first << bits, memoryview(raw.ljust(number << bits, b"\0")))
         await self._store_counts(range(first, first + number))
         self.header.snapshots_offset = first << bits
         await self.put_header()
-        counted = [cluster for cluster in range(old, old_end) if counts.get(cluster)]
-        for cluster in counted:
-            counts.add(cluster, -1)
-        await self._store_counts(counted)
+        if self.walk.snapshot_table:  # else all that is counted there is somebody else's
+            for cluster in old:
+                counts.add(cluster, -1)
+            await self._store_counts(old)
         found.corruptions_fixed += found.corruptions
         found.corruptions = 0
 

@@ -242,6 +242,28 @@ def test_a_version_3_snapshot_table_gets_the_extra_data_it_lacks(
     assert read_all(path, tmp_path, "-f", "qcow2") == bytes(image.content)
 
 
+LENGTHS = ((12, 2), (14, 2), (36, 4))
+"""Where a snapshot table entry says how long its id, its name and its extra data are, and in how many bytes."""
+
+
+@pytest.mark.parametrize("field", range(3), ids=["id", "name", "extra data"])
+def test_a_snapshot_table_that_ends_past_the_file_costs_the_clusters_behind_it_nothing(
+    field: int, corpus: Maker, theirs: Theirs, tmp_path: Path
+) -> None:
+    """Such a table is not counted: a new one takes its place, and what stands where it would reach keeps its refcounts."""
+    image = corpus("refcount-32")  # clusters of 4 KiB
+    raw = bytearray(image.path.read_bytes())
+    at = Anatomy(raw).header.snapshots_offset
+    assert any(raw[at + 4096 :]), "nothing stands behind the table"
+    place, size = LENGTHS[field]
+    raw[at + place : at + place + size] = (0xFFF0).to_bytes(size, "big")
+    path = tmp_path / "a.qcow2"
+    path.write_bytes(raw)
+    mend(path)
+    assert sound(theirs(path))
+    assert read_all(path, tmp_path, "-f", "qcow2") == bytes(image.content)
+
+
 def _without_extra(entry: bytes) -> bytes:
     extra = int.from_bytes(entry[36:40], "big")
     return entry[:36] + bytes(4) + entry[40 + extra :]
