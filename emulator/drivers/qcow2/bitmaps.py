@@ -233,6 +233,8 @@ class PersistentBitmaps:
                     self._asked[first:end] = 1  # again: somebody's mark that failed took all that was asked for
                     await self._mark()
             except (OSError, BlockError) as error:
+                if self._image.storage.dead:
+                    raise  # no write will pass any more, and the first one says what the damage is
                 await self._give_up(error)
 
     def _harden(self, first: int, end: int) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import json
 import struct
 from collections.abc import Callable
@@ -431,6 +432,31 @@ def test_damage_is_refused_as_by_qemu(name: str, writable: bool, tmp_path: Path)
         assert str(caught.value) == OTHERWISE.get(name) or str(caught.value) in expected.stderr
     else:
         asyncio.run(scene())
+
+
+def test_damage_that_the_tracking_of_bitmaps_meets_is_what_the_first_write_tells(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Not that there is no medium, which the next one hears, nor that only the tracking ended."""
+    path = image(tmp_path, "default", ("one",))
+    raw = bytearray(path.read_bytes())
+    l1 = int.from_bytes(raw[40:48], "big") >> 16
+    block = int.from_bytes(raw[1 << 16 : (1 << 16) + 8], "big")
+    raw[block + 2 * l1 : block + 2 * l1 + 2] = bytes(2)  # the L1 table's cluster is free, says the refcount block
+    path.write_bytes(raw)
+
+    async def scene() -> list[int | None]:
+        told = []
+        async with opened(path) as disk:
+            for _ in range(2):
+                with pytest.raises(OSError) as caught:
+                    await disk.write(0, b"x" * 512)
+                told.append(caught.value.errno)
+        return told
+
+    assert asyncio.run(scene()) == [errno.EIO, errno.ENOMEDIUM]
+    assert "overlaps with active L1 table" in caplog.text
+    assert "cannot be tracked" not in caplog.text
 
 
 @given(
