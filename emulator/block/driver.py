@@ -428,6 +428,10 @@ class Driver(ABC):
         """Forget the snapshot of that id (all requests are drained). Raises OSError; ENOENT if there is none."""
         raise OSError(errno.ENOTSUP, os.strerror(errno.ENOTSUP))
 
+    async def snapshot_show(self, id: str) -> None:
+        """Read as what the snapshot of that id kept, until the node, which is read-only, is closed. Raises OSError."""
+        raise OSError(errno.ENOTSUP, os.strerror(errno.ENOTSUP))
+
     async def snapshot_apply(self, id: str) -> None:
         """Make the image what the snapshot of that id kept (all requests are drained). Raises OSError."""
         raise OSError(errno.ENOTSUP, os.strerror(errno.ENOTSUP))

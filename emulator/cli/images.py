@@ -31,9 +31,18 @@ _LOOKED_AT = 2 << 20
 """Bytes at the start of an image that its format is told by."""
 
 
+class ImageOptions(str):
+    """No name, but the options of an image's node, ``key=value,...`` or JSON: what ``--image-opts`` makes of an IMAGE."""
+
+    __slots__ = ()
+
+
 def is_path(name: str) -> bool:
     """Whether a name is that of a file of this host, without anything before it."""
     from livedisk.emulator.block.driver import DRIVERS, Driver
+
+    if isinstance(name, ImageOptions):
+        return False
 
     def names(driver: type[Driver]) -> bool:
         reads_names = driver.parse_filename.__func__ is not Driver.parse_filename.__func__  # type: ignore[attr-defined]
@@ -53,7 +62,7 @@ async def image_options(daemon: Daemon, name: str, fmt: str | None) -> BlockdevO
     from livedisk.emulator.block.driver import DRIVERS, driver_class
 
     try:
-        storage = _named(daemon, name)
+        storage = await _described(daemon, name) if isinstance(name, ImageOptions) else _named(daemon, name)
     except LiveDiskError as error:
         raise BlockError(f"Could not open '{name}': {error}", hint=error.hint) from error
     if DRIVERS[storage.driver].is_format:  # json:{...} says all of the image
@@ -63,7 +72,7 @@ async def image_options(daemon: Daemon, name: str, fmt: str | None) -> BlockdevO
         if fmt not in (None, storage.driver):
             raise BlockError(f"'{name}' is of format '{storage.driver}', not '{fmt}'")
         return storage
-    if fmt is None and name.startswith("json:"):
+    if fmt is None and (isinstance(name, ImageOptions) or name.startswith("json:")):
         return storage  # who says so much says what he wants: nothing is guessed, as with QEMU
     if fmt is None:
         fmt = choose_format(name) if is_path(name) else await _look(daemon.graph, storage, name)
@@ -89,6 +98,26 @@ def _named(daemon: Daemon, name: str) -> BlockdevOptions:
         return protocol_options(daemon.graph, name)
     device = os.path.exists(name) and stat.S_ISBLK(os.stat(name).st_mode)
     return daemon.parse_options({"driver": "host_device" if device else "file", "filename": name})
+
+
+async def _described(daemon: Daemon, text: ImageOptions) -> BlockdevOptions:
+    """What ``--image-opts`` gave. As for qemu-img, a ``file`` without a driver is a file of the host, and an image without one
+    is of the format that its ``file`` looks like. Raises LiveDiskError, OSError."""
+    from livedisk.emulator.block.options import BlockdevOptions
+    from livedisk.emulator.qmp.keyval import HelpRequested, parse_text
+    from livedisk.emulator.qmp.visit import visit
+
+    try:
+        values, syntax = parse_text(text)
+    except HelpRequested:
+        raise BlockError("the options are those of -blockdev") from None
+    below = values.get("file")
+    if isinstance(below, dict):
+        values["file"] = below = {"driver": "file"} | below
+        if "driver" not in values:
+            storage = visit(BlockdevOptions, below, syntax)
+            values["driver"] = await _look(daemon.graph, storage, getattr(storage, "filename", text))
+    return visit(BlockdevOptions, values, syntax)
 
 
 async def _look(graph: Graph, storage: BlockdevOptions, name: str) -> str:

@@ -18,6 +18,16 @@ from typing import TYPE_CHECKING, Any
 import click
 import msgspec
 
+from livedisk.emulator.cli.img_options import (
+    FORMAT,
+    QUIET,
+    SOURCE_CACHE,
+    CacheMode,
+    cache_mode,
+    format_option,
+    image_name,
+    image_options,
+)
 from livedisk.emulator.errors import BlockError, LiveDiskError, ParameterError, reason_of
 
 if TYPE_CHECKING:
@@ -29,7 +39,7 @@ SETTINGS: dict[str, Any] = {"help_option_names": ["-h", "--help"], "max_content_
 OUTPUT = click.option(
     "--output", type=click.Choice(["human", "json"]), default="human", show_default=True, help="For people or programs."
 )
-IMAGE = click.argument("image", type=click.Path())
+IMAGE = click.argument("image", type=click.Path(), callback=image_name)
 
 CHECK_HELP = """Check the qcow2 image IMAGE, which must not be in use, and repair it if asked to.
 
@@ -100,14 +110,35 @@ _VERSIONS = {"0.10": "v2", "1.1": "v3"}
 
 @img.command("create", context_settings=SETTINGS)
 @click.option(
-    "-f", "fmt", metavar="FORMAT", default="qcow2", show_default=True, help="The image's format: qcow2 or raw."
+    "-f",
+    "--format",
+    "fmt",
+    metavar="FORMAT",
+    default="qcow2",
+    show_default=True,
+    help="The image's format: qcow2 or raw.",
 )
-@click.option("-o", "words", metavar="NAME=VALUE,...", multiple=True, help="Creation options, as qemu-img's.")
-@click.option("-b", "backing", metavar="FILE", help="The backing file.")
-@click.option("-F", "backing_fmt", metavar="FORMAT", help="The backing file's format; needed with -b.")
-@click.option("-u", "unsafe", is_flag=True, help="Do not look at the backing file, which need not be there.")
-@click.option("-q", "quiet", is_flag=True, help="Print nothing.")
-@IMAGE
+@click.option(
+    "-o",
+    "--options",
+    "words",
+    metavar="NAME=VALUE,...",
+    multiple=True,
+    help="Creation options, as qemu-img's; help lists them.",
+)
+@click.option("-b", "--backing", "backing", metavar="FILE", help="The backing file.")
+@click.option(
+    "-F", "--backing-format", "backing_fmt", metavar="FORMAT", help="The backing file's format; needed with -b."
+)
+@click.option(
+    "-u",
+    "--backing-unsafe",
+    "unsafe",
+    is_flag=True,
+    help="Do not look at the backing file, which need not be there.",
+)
+@QUIET
+@click.argument("image", required=False)
 @click.argument("size", required=False)
 def create_command(
     fmt: str,
@@ -116,7 +147,7 @@ def create_command(
     backing_fmt: str | None,
     unsafe: bool,
     quiet: bool,
-    image: str,
+    image: str | None,
     size: str | None,
 ) -> None:
     """Make the image IMAGE of SIZE bytes (suffixes k, M, G, T, P, E; may be left out with a backing file).
@@ -128,11 +159,18 @@ def create_command(
     """
 
     async def work() -> int:
+        from livedisk.emulator.cli.img_help import asks_for_help, creation_help
         from livedisk.emulator.cli.img_open import check_format
 
-        check_format(fmt, f"{image}: Unknown file format")
+        asked, what = asks_for_help(words), "" if image is None else f"{image}: "
+        if image is None and not asked:
+            raise ParameterError("Expecting image file name")
+        check_format(fmt, f"{what}Unknown file format")
         if fmt not in ("qcow2", "raw"):
-            raise BlockError(f"{image}: Format driver '{fmt}' does not support image creation")
+            raise BlockError(f"{what}Format driver '{fmt}' does not support image creation")
+        if asked or image is None:
+            click.echo(creation_help(fmt, in_file=image is not None))
+            return 0
         given = creation_words(words, _LEGACY if fmt == "qcow2" else RAW_OPTIONS)
         if size is not None and "size" in given:
             raise ParameterError("The image size must be specified only once")
@@ -327,27 +365,40 @@ def _on_off(value: Any) -> str:
 # -- opening -----------------------------------------------------------------------------------------------------------
 @asynccontextmanager
 async def opened(
-    path: str, fmt: str | None, *, writable: bool = False, force_share: bool = False
+    path: str,
+    fmt: str | None,
+    *,
+    writable: bool = False,
+    force_share: bool = False,
+    cache: CacheMode | None = None,
 ) -> AsyncIterator[Node]:
     """The image open in a graph of its own; ``fmt`` "file" is the file, or the export that an NBD name means, itself; None:
     what the image is."""
     from livedisk.emulator.cli.img_open import images
 
     async with images() as made:
-        backend = await made.open(path, fmt, writable=writable, force_share=force_share)
+        backend = await made.open(path, fmt, writable=writable, force_share=force_share, cache=cache)
         yield backend.node
 
 
 # -- check -------------------------------------------------------------------------------------------------------------
 @img.command("check", help=CHECK_HELP, context_settings=SETTINGS)
-@click.option("-f", "fmt", metavar="FORMAT", help="The image's format; only qcow2 can be checked.")
-@click.option("-r", "repair_what", type=click.Choice(["leaks", "all"]), help="Repair leaks, or all errors.")
-@click.option("-q", "quiet", is_flag=True, help="Print nothing but errors.")
+@format_option("-f", "--format", "fmt", help="The image's format; only qcow2 can be checked.")
+@click.option("-r", "--repair", "repair_what", type=click.Choice(["leaks", "all"]), help="Repair leaks, or all errors.")
+@SOURCE_CACHE
+@image_options
+@QUIET
 @click.option("-U", "--force-share", is_flag=True, help="Check although a writer has the image open.")
 @OUTPUT
 @IMAGE
 def check_command(
-    fmt: str | None, repair_what: str | None, quiet: bool, force_share: bool, output: str, image: str
+    fmt: str | None,
+    repair_what: str | None,
+    cache: str | None,
+    quiet: bool,
+    force_share: bool,
+    output: str,
+    image: str,
 ) -> None:
     if (fmt or _look(image)) != "qcow2":
         click.echo("livedisk img: This image format does not support checks", err=True)
@@ -355,9 +406,15 @@ def check_command(
     if force_share and repair_what:
         raise click.UsageError("-U shares the image with a writer, -r writes to it: choose one")
     report = (lambda _: None) if quiet or output == "json" else click.echo
-    run_to_end(
-        lambda: _check(image, repair_what, report, quiet=quiet, as_json=output == "json", force_share=force_share)
-    )
+    shown = None if quiet else output
+
+    async def work() -> int:
+        mode = cache_mode(cache, "source cache")
+        writable = repair_what is not None
+        async with opened(image, "file", writable=writable, force_share=force_share, cache=mode) as node:
+            return await _check(node, image, repair_what, report, shown)
+
+    run_to_end(work)
 
 
 def _look(image: str) -> str:
@@ -371,36 +428,30 @@ def _look(image: str) -> str:
 
 
 async def _check(
-    image: str,
-    repair_what: str | None,
-    report: Callable[[str], Any],
-    *,
-    quiet: bool,
-    as_json: bool,
-    force_share: bool,
+    node: Node, image: str, repair_what: str | None, report: Callable[[str], Any], output: str | None
 ) -> int:
+    """Check the image in ``node``; gives the exit code. ``output``: how the result is told, None: not at all."""
     from livedisk.emulator.drivers.qcow2.check import CheckFailed, check
     from livedisk.emulator.drivers.qcow2.repair import Fix, repair
 
-    async with opened(image, "file", writable=repair_what is not None, force_share=force_share) as node:
-        try:
-            if repair_what is None:
+    try:
+        if repair_what is None:
+            result = await check(node, report)
+        else:
+            fixed = await repair(node, Fix.LEAKS if repair_what == "leaks" else Fix.ALL, report)
+            result = fixed
+            if fixed.leaks_fixed or fixed.corruptions_fixed:
                 result = await check(node, report)
-            else:
-                fixed = await repair(node, Fix.LEAKS if repair_what == "leaks" else Fix.ALL, report)
-                result = fixed
-                if fixed.leaks_fixed or fixed.corruptions_fixed:
-                    result = await check(node, report)
-                    result.leaks_fixed, result.corruptions_fixed = fixed.leaks_fixed, fixed.corruptions_fixed
-        except CheckFailed as error:
-            click.echo(f"livedisk img: Check failed: {error}", err=True)
-            return 1
-        except OSError as error:
-            click.echo(f"livedisk img: Check failed: {image}: {reason_of(error)}", err=True)
-            return 1
-    if as_json:
+                result.leaks_fixed, result.corruptions_fixed = fixed.leaks_fixed, fixed.corruptions_fixed
+    except CheckFailed as error:
+        click.echo(f"livedisk img: Check failed: {error}", err=True)
+        return 1
+    except OSError as error:
+        click.echo(f"livedisk img: Check failed: {image}: {reason_of(error)}", err=True)
+        return 1
+    if output == "json":
         print_json(result.to_json(image))
-    elif not quiet:
+    elif output is not None:
         click.echo(_summary(result))
     return 1 if result.check_errors else 2 if result.corruptions else 3 if result.leaks else 0
 
@@ -439,9 +490,10 @@ def print_json(value: Any) -> None:
 
 # -- info --------------------------------------------------------------------------------------------------------------
 @img.command("info", context_settings=SETTINGS)
-@click.option("-f", "fmt", metavar="FORMAT", help="The image's format; what its header says if not given.")
+@FORMAT
 @click.option("-U", "--force-share", is_flag=True, help="Look although a writer has the image open.")
-@click.option("--backing-chain", is_flag=True, help="Also all backing files, from the top down.")
+@click.option("-b", "--backing-chain", is_flag=True, help="Also all backing files, from the top down.")
+@image_options
 @OUTPUT
 @IMAGE
 def info_command(fmt: str | None, force_share: bool, backing_chain: bool, output: str, image: str) -> None:
@@ -570,10 +622,11 @@ class _Extent:
 
 
 @img.command("map", context_settings=SETTINGS)
-@click.option("-f", "fmt", metavar="FORMAT", help="The image's format; what its header says if not given.")
+@FORMAT
 @click.option("-U", "--force-share", is_flag=True, help="Look although a writer has the image open.")
 @click.option("-s", "--start-offset", "start_offset", metavar="OFFSET", help="Begin there.")
 @click.option("-l", "--max-length", "max_length", metavar="LENGTH", help="Look at so many bytes at most.")
+@image_options
 @OUTPUT
 @IMAGE
 def map_command(

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from livedisk.emulator.cli.img import IMAGE, SETTINGS, img, opened, run_to_end
+from livedisk.emulator.cli.img import IMAGE, SETTINGS, img, opened, run_to_end, size_of
+from livedisk.emulator.cli.img_options import format_option, image_options
 from livedisk.emulator.errors import BlockError
 
 if TYPE_CHECKING:
@@ -46,10 +47,19 @@ def _verb(name: str, text: str) -> Callable[[F], F]:
     expose_value=False,
     help="Add what the bitmap SOURCE says (repeatable).",
 )
-@click.option("-b", "source_file", metavar="FILE", help="The image that has SOURCE; IMAGE itself if not given.")
-@click.option("-F", "source_fmt", metavar="FORMAT", help="The format of FILE; what its header says if not given.")
-@click.option("-g", "granularity", type=int, metavar="BYTES", help="Of a new bitmap: a power of two from 512.")
-@click.option("-f", "fmt", metavar="FORMAT", help="The format of IMAGE; what its header says if not given.")
+@click.option(
+    "-b", "--source-file", "source_file", metavar="FILE", help="The image that has SOURCE; IMAGE itself if not given."
+)
+@click.option(
+    "-F",
+    "--source-format",
+    "source_fmt",
+    metavar="FORMAT",
+    help="The format of FILE; what its header says if not given.",
+)
+@click.option("-g", "--granularity", "granularity", metavar="SIZE", help="Of a new bitmap: a power of two from 512.")
+@format_option("-f", "--format", "fmt", help="The format of IMAGE; what its header says if not given.")
+@image_options
 @IMAGE
 @click.argument("bitmap")
 @click.pass_context
@@ -57,7 +67,7 @@ def bitmap_command(
     context: click.Context,
     source_file: str | None,
     source_fmt: str | None,
-    granularity: int | None,
+    granularity: str | None,
     fmt: str | None,
     image: str,
     bitmap: str,
@@ -73,7 +83,7 @@ def bitmap_command(
         raise click.UsageError("Merge bitmap source file only supported with --merge")
 
     async def work() -> int:
-
+        step = None if granularity is None else size_of("granularity", granularity)
         async with AsyncExitStack() as stack:
             node = await stack.enter_async_context(opened(image, fmt, writable=True))
             source = node
@@ -81,7 +91,7 @@ def bitmap_command(
                 source = await stack.enter_async_context(opened(source_file, source_fmt))
             for verb, name in actions:
                 try:
-                    _act(node, bitmap, verb, granularity, source.bitmaps.get(name) if name else None)
+                    _act(node, bitmap, verb, step, source.bitmaps.get(name) if name else None)
                 except BlockError as error:
                     raise BlockError(f"Operation {verb} on bitmap {bitmap} failed: {error}", hint=error.hint) from None
             await node.driver.sync_bitmaps()

@@ -10,25 +10,38 @@ from typing import TYPE_CHECKING, Any, Final
 import click
 
 from livedisk.emulator.cli.img import IMAGE, SETTINGS, img, run_to_end
+from livedisk.emulator.cli.img_options import (
+    CACHE,
+    FORMAT,
+    PROGRESS,
+    QUIET,
+    RATE,
+    cache_mode,
+    cache_option,
+    image_options,
+)
 from livedisk.emulator.errors import BlockError, LiveDiskError, ParameterError, reason_of
 
 if TYPE_CHECKING:
     from livedisk.emulator.block.backend import BlockBackend
     from livedisk.emulator.block.graph import Graph
     from livedisk.emulator.block.node import Edge, Node
-    from livedisk.emulator.cli.img_open import Progress
+    from livedisk.emulator.block.throttle import Member
+    from livedisk.emulator.cli.img_open import Images, Progress
+    from livedisk.emulator.cli.img_options import CacheMode
 
 _STEP: Final = 2 << 20
 
 
 # -- resize ------------------------------------------------------------------------------------------------------------
 @img.command("resize", context_settings=SETTINGS | {"ignore_unknown_options": True})
-@click.option("-f", "fmt", metavar="FORMAT", help="The image's format; what its header says if not given.")
+@FORMAT
 @click.option(
     "--preallocation", "prealloc", metavar="MODE", default="off", help="Of what is new: off, metadata, falloc, full."
 )
 @click.option("--shrink", is_flag=True, help="Allow the image to become smaller; what is cut off is lost.")
-@click.option("-q", "quiet", is_flag=True, help="Print nothing but errors.")
+@QUIET
+@image_options
 @IMAGE
 @click.argument("size")
 def resize_command(fmt: str | None, prealloc: str, shrink: bool, quiet: bool, image: str, size: str) -> None:
@@ -67,26 +80,44 @@ def resize_command(fmt: str | None, prealloc: str, shrink: bool, quiet: bool, im
 
 # -- commit ------------------------------------------------------------------------------------------------------------
 @img.command("commit", context_settings=SETTINGS)
-@click.option("-f", "fmt", metavar="FORMAT", help="The image's format; what its header says if not given.")
+@FORMAT
 @click.option(
-    "-b", "base", metavar="FILE", help="Commit into this image of the chain, not the next one; IMAGE keeps its data."
+    "-b",
+    "--base",
+    "base",
+    metavar="FILE",
+    help="Commit into this image of the chain, not the next one; IMAGE keeps its data.",
 )
-@click.option("-d", "keep", is_flag=True, help="Do not empty IMAGE afterwards.")
-@click.option("-p", "progress", is_flag=True, help="Show how far it has come.")
-@click.option("-q", "quiet", is_flag=True, help="Print nothing but errors.")
+@click.option("-d", "--drop", "keep", is_flag=True, help="Do not empty IMAGE afterwards.")
+@RATE
+@CACHE
+@PROGRESS
+@QUIET
+@image_options
 @IMAGE
-def commit_command(fmt: str | None, base: str | None, keep: bool, progress: bool, quiet: bool, image: str) -> None:
+def commit_command(
+    fmt: str | None,
+    base: str | None,
+    keep: bool,
+    rate: str | None,
+    cache: str | None,
+    progress: bool,
+    quiet: bool,
+    image: str,
+) -> None:
     """Write what IMAGE holds into its backing file, which grows if it is smaller. IMAGE holds nothing afterwards."""
 
     async def work() -> int:
-        from livedisk.emulator.cli.img_open import Progress, images
+        from livedisk.emulator.cli.img_open import Progress, images, rate_limit
 
         async with images() as made:
-            top = await made.open(image, fmt, writable=True)
+            limit = rate_limit(rate)
+            top = await made.open(image, fmt, writable=True, cache=cache_mode(cache))
             edge = _edge_to(made.graph, top.node, image, base)
             shown = Progress(progress and not quiet)
             async with _above(made.graph, edge) as target:
-                await _write_down(made.graph, top, target, shown)
+                made.write_as(top, target)
+                await _write_down(made, top, target, limit, shown)
             if not keep and base is None:
                 await top.node.driver.make_empty()
             shown.end()
@@ -137,20 +168,26 @@ async def _above(graph: Graph, edge: Edge) -> AsyncIterator[BlockBackend]:
         await graph.detach_root(backend)
 
 
-async def _write_down(graph: Graph, top: BlockBackend, base: BlockBackend, shown: Progress) -> None:
+async def _write_down(
+    made: Images, top: BlockBackend, base: BlockBackend, limit: Member | None, shown: Progress
+) -> None:
     """Copy what the images above hold. Their zeroes become zeroes below, too. Raises BlockError, OSError."""
     from livedisk.emulator.block.status import block_status
+    from livedisk.emulator.block.throttle import Direction
     from livedisk.emulator.cli.img_convert import copy_piece
 
     size = top.size
     if base.size < size:
-        async with graph.drained(base.node):
+        async with made.graph.drained(base.node):
             await base.node.truncate(size, exact=False)
     offset = 0
     while offset < size:
         status = await block_status(top.node, offset, min(size - offset, _STEP))
         if status.allocated:
+            if limit is not None:
+                await limit.admit(Direction.WRITE, status.length)
             await copy_piece(top, base, offset, status.length)
+            await made.settle(base)
         offset += status.length
         shown.show(offset, size)
     await base.flush()
@@ -158,15 +195,23 @@ async def _write_down(graph: Graph, top: BlockBackend, base: BlockBackend, shown
 
 # -- rebase ------------------------------------------------------------------------------------------------------------
 @img.command("rebase", context_settings=SETTINGS)
-@click.option("-f", "fmt", metavar="FORMAT", help="The image's format; what its header says if not given.")
-@click.option("-b", "backing", metavar="FILE", help="The new backing file; an empty name: none.")
-@click.option("-F", "backing_fmt", metavar="FORMAT", help="The new backing file's format.")
+@FORMAT
+@click.option("-b", "--backing", "backing", metavar="FILE", help="The new backing file; an empty name: none.")
+@click.option("-F", "--backing-format", "backing_fmt", metavar="FORMAT", help="The new backing file's format.")
 @click.option(
-    "-u", "unsafe", is_flag=True, help="Change the name only: the new backing file is known to read as the old one."
+    "-u",
+    "--backing-unsafe",
+    "unsafe",
+    is_flag=True,
+    help="Change the name only: the new backing file is known to read as the old one.",
 )
-@click.option("-c", "compress", is_flag=True, help="Write what is copied into IMAGE compressed.")
-@click.option("-p", "progress", is_flag=True, help="Show how far it has come.")
-@click.option("-q", "quiet", is_flag=True, help="Print nothing but errors.")
+@click.option("-c", "--compress", "compress", is_flag=True, help="Write what is copied into IMAGE compressed.")
+@CACHE
+@cache_option("-T", "--backing-cache", "backing_cache", of="the new backing file")
+@click.option("-U", "--force-share", is_flag=True, help="Read the backing files although a writer has them open.")
+@PROGRESS
+@QUIET
+@image_options
 @IMAGE
 def rebase_command(
     fmt: str | None,
@@ -174,6 +219,9 @@ def rebase_command(
     backing_fmt: str | None,
     unsafe: bool,
     compress: bool,
+    cache: str | None,
+    backing_cache: str | None,
+    force_share: bool,
     progress: bool,
     quiet: bool,
     image: str,
@@ -182,6 +230,7 @@ def rebase_command(
 
     async def work() -> int:
         from livedisk.emulator.cli.img_open import Progress, check_format, images
+        from livedisk.emulator.qmp.filenames import combine, filename
 
         if backing is None and not unsafe:
             raise ParameterError("Must specify backing file (-b) or use unsafe mode (-u)")
@@ -190,16 +239,18 @@ def rebase_command(
         async with images() as made:
             # What the header says is below may not be there any more.
             alone: dict[str, Any] = {"backing": None} if unsafe else {}
-            top = await made.open(image, fmt, writable=True, **alone)
+            mode, backing_mode = cache_mode(cache), cache_mode(backing_cache, "source cache")
+            top = await made.open(image, fmt, writable=True, cache=mode, **alone)
             if compress and top.node.driver.name != "qcow2":
                 raise BlockError("Compression not supported for this file format")
             name = backing or ""
             if name and backing_fmt is None:
                 raise BlockError(f"Could not change the backing file to '{name}': backing format must be specified")
             if not unsafe:
-                new = await _new_backing(made, image, name, backing_fmt)
+                below = combine(filename(top.node), name) if name else ""
+                new = await _new_backing(made, below, backing_fmt, force_share=force_share, cache=backing_mode)
                 shown = Progress(progress and not quiet)
-                await _Rebase(top, new, compress=compress).run(shown)
+                await _Rebase(made, top, new, compress=compress).run(shown)
                 shown.end()
             try:
                 await top.node.driver.change_backing_file(name or None, backing_fmt if name else None)
@@ -210,16 +261,14 @@ def rebase_command(
     run_to_end(work)
 
 
-async def _new_backing(made: object, image: str, name: str, fmt: str | None) -> BlockBackend | None:
-    from livedisk.emulator.cli.img_open import Images
-    from livedisk.emulator.qmp.filenames import combine
-
-    assert isinstance(made, Images)
-    if not name:
+async def _new_backing(
+    made: Images, path: str, fmt: str | None, *, force_share: bool, cache: CacheMode | None
+) -> BlockBackend | None:
+    """``path`` "": there is to be none."""
+    if not path:
         return None
-    path = combine(image, name)
     try:
-        return await made.open(path, fmt)
+        return await made.open(path, fmt, force_share=force_share, cache=cache)
     except (LiveDiskError, OSError) as error:
         raise BlockError(f"Could not open new backing file '{path}': {reason_of(error)}") from None
 
@@ -227,9 +276,10 @@ async def _new_backing(made: object, image: str, name: str, fmt: str | None) -> 
 class _Rebase:
     """Writes into an image what would read otherwise on the new backing file, cluster by cluster."""
 
-    def __init__(self, top: BlockBackend, new: BlockBackend | None, *, compress: bool) -> None:
+    def __init__(self, made: Images, top: BlockBackend, new: BlockBackend | None, *, compress: bool) -> None:
         from livedisk.emulator.block.copy import grain_of
 
+        self._made = made
         self._top = top
         self._new = new
         self._compress = compress
@@ -280,6 +330,7 @@ class _Rebase:
             await self._top.node.write_compressed(offset, data)
         else:
             await self._top.write(offset, data)
+        await self._made.settle(self._top)
 
 
 def _all_zero(status: object, length: int) -> bool:

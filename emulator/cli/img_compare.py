@@ -11,7 +11,16 @@ from typing import TYPE_CHECKING, Final
 import click
 
 from livedisk.emulator.cli.img import SETTINGS, img, run_to_end
-from livedisk.emulator.errors import LiveDiskError, reason_of
+from livedisk.emulator.cli.img_options import (
+    PROGRESS,
+    QUIET,
+    SOURCE_CACHE,
+    cache_mode,
+    format_option,
+    image_name,
+    image_options,
+)
+from livedisk.emulator.errors import LiveDiskError, ParameterError, reason_of
 
 if TYPE_CHECKING:
     from livedisk.emulator.block.backend import BlockBackend
@@ -22,17 +31,20 @@ _SECTOR: Final = 512
 
 
 @img.command("compare", context_settings=SETTINGS)
-@click.option("-f", "fmt", metavar="FORMAT", help="The first image's format; what its header says if not given.")
-@click.option("-F", "other_fmt", metavar="FORMAT", help="The second image's.")
-@click.option("-s", "strict", is_flag=True, help="Sizes, and what is allocated, must be the same, too.")
-@click.option("-p", "progress", is_flag=True, help="Show how far it has come.")
-@click.option("-q", "quiet", is_flag=True, help="Print nothing but errors.")
+@format_option("-f", "--a-format", "fmt", help="The first image's format; what its header says if not given.")
+@format_option("-F", "--b-format", "other_fmt", help="The second image's.")
+@SOURCE_CACHE
+@click.option("-s", "--strict", "strict", is_flag=True, help="Sizes, and what is allocated, must be the same, too.")
+@PROGRESS
+@QUIET
 @click.option("-U", "--force-share", is_flag=True, help="Compare although a writer has an image open.")
-@click.argument("image1", type=click.Path())
-@click.argument("image2", type=click.Path())
+@image_options
+@click.argument("image1", callback=image_name)
+@click.argument("image2", callback=image_name)
 def compare_command(
     fmt: str | None,
     other_fmt: str | None,
+    cache: str | None,
     strict: bool,
     progress: bool,
     quiet: bool,
@@ -50,10 +62,14 @@ def compare_command(
         from livedisk.emulator.cli.img_open import Progress, Quit, images
 
         async with images() as made:
+            try:
+                mode = cache_mode(cache, "source cache")
+            except ParameterError as error:
+                raise Quit(str(error), 2) from None
             backends = []
             for path, kind in ((image1, fmt), (image2, other_fmt)):
                 try:
-                    backends.append(await made.open(path, kind, force_share=force_share))
+                    backends.append(await made.open(path, kind, force_share=force_share, cache=mode))
                 except (LiveDiskError, OSError) as error:
                     raise Quit(reason_of(error), 2) from None
             shown = Progress(progress and not quiet)

@@ -26,12 +26,25 @@ from livedisk.emulator.cli.img import (
     size_of,
     switch_of,
 )
+from livedisk.emulator.cli.img_options import (
+    PROGRESS,
+    QUIET,
+    RATE,
+    SNAPSHOT,
+    CacheMode,
+    cache_mode,
+    cache_option,
+    format_option,
+    image_name,
+    image_options,
+)
 from livedisk.emulator.errors import BlockError, LiveDiskError, ParameterError
 
 if TYPE_CHECKING:
     from livedisk.emulator.block.backend import BlockBackend
     from livedisk.emulator.block.node import Node
-    from livedisk.emulator.cli.img_open import Progress
+    from livedisk.emulator.block.throttle import Member
+    from livedisk.emulator.cli.img_open import Images, Progress
 
 _STEP: Final = 2 << 20
 """Bytes copied at once: in memory for each copy that is under way."""
@@ -57,47 +70,99 @@ class Order(msgspec.Struct, kw_only=True):
     bitmaps: bool
     skip_broken: bool
     force_share: bool
+    snapshot: str | None
+    cache: CacheMode | None
+    source_cache: CacheMode | None
+    rate: str | None
 
 
 @img.command("convert", context_settings=SETTINGS)
-@click.option("-f", "fmt", metavar="FORMAT", help="The format of IMAGE; what its header says if not given.")
+@format_option("-f", "--source-format", "fmt", help="The format of IMAGE; what its header says if not given.")
+@SNAPSHOT
 @click.option(
-    "-O", "target", metavar="FORMAT", default="raw", show_default=True, help="The format of OUTPUT: qcow2 or raw."
+    "-O",
+    "--output-format",
+    "--target-format",
+    "target",
+    metavar="FORMAT",
+    help="The format of OUTPUT: qcow2 or raw.  [default: raw]",
 )
 @click.option(
-    "-o", "words", metavar="NAME=VALUE,...", multiple=True, help="Creation options of OUTPUT, as those of create."
+    "-o",
+    "--target-options",
+    "words",
+    metavar="NAME=VALUE,...",
+    multiple=True,
+    help="Creation options of OUTPUT, as those of create; help lists them.",
 )
 @click.option(
-    "-B", "backing", metavar="FILE", help="Give OUTPUT this backing file, which reads as that of IMAGE, if any."
+    "-B",
+    "--backing",
+    "backing",
+    metavar="FILE",
+    help="Give OUTPUT this backing file, which reads as that of IMAGE, if any.",
 )
-@click.option("-F", "backing_fmt", metavar="FORMAT", help="The backing file's format.")
-@click.option("-n", "existing", is_flag=True, help="OUTPUT is there, and is written to; it is not made anew.")
+@click.option("-F", "--backing-format", "backing_fmt", metavar="FORMAT", help="The backing file's format.")
+@click.option(
+    "-n", "--no-create", "existing", is_flag=True, help="OUTPUT is there, and is written to; it is not made anew."
+)
+@click.option(
+    "--target-image-opts", "by_options", is_flag=True, help="With -n: OUTPUT is the options of a node, as -blockdev's."
+)
+@cache_option("-t", "--target-cache", "cache", of="OUTPUT")
+@cache_option("-T", "--source-cache", "source_cache")
+@RATE
 @click.option("--target-is-zero", is_flag=True, help="With -n: OUTPUT reads as zeroes, which need not be written.")
-@click.option("-c", "compress", is_flag=True, help="Write compressed clusters.")
+@click.option("-c", "--compress", "compress", is_flag=True, help="Write compressed clusters.")
 @click.option(
-    "-S", "sparse", metavar="SIZE", help="Leave zeroes of so many bytes out; 0: write all zeroes, too. 4k if not given."
+    "-S",
+    "--sparse-size",
+    "sparse",
+    metavar="SIZE",
+    help="Leave zeroes of so many bytes out; 0: write all zeroes, too. 4k if not given.",
 )
 @click.option(
-    "-m", "lanes", type=int, metavar="NUMBER", help="Copies under way at once, with -W: 1 to 16.  [default: 8]"
+    "-m",
+    "--parallel",
+    "lanes",
+    type=int,
+    metavar="NUMBER",
+    help="Copies under way at once, with -W: 1 to 16.  [default: 8]",
 )
 @click.option(
-    "-W", "unordered", is_flag=True, help="Let writes be out of order, so that several copies are under way at once."
+    "-W",
+    "--oob-writes",
+    "unordered",
+    is_flag=True,
+    help="Let writes be out of order, so that several copies are under way at once.",
 )
-@click.option("-C", "offload", is_flag=True, help="Let the kernel copy data, without a look for zeroes in it.")
+@click.option(
+    "-C",
+    "--copy-range-offloading",
+    "offload",
+    is_flag=True,
+    help="Let the kernel copy data, without a look for zeroes in it.",
+)
 @click.option("--bitmaps", is_flag=True, help="Copy persistent dirty bitmaps, too.")
 @click.option("--skip-broken-bitmaps", "skip_broken", is_flag=True, help="With --bitmaps: leave out inconsistent ones.")
-@click.option("-p", "progress", is_flag=True, help="Show how far it has come.")
-@click.option("-q", "quiet", is_flag=True, help="Print nothing but errors.")
+@PROGRESS
+@QUIET
 @click.option("-U", "--force-share", is_flag=True, help="Copy although a writer has IMAGE open.")
-@click.argument("image", type=click.Path())
-@click.argument("output", type=click.Path())
+@image_options
+@click.argument("image", required=False, callback=image_name)
+@click.argument("output", required=False)
 def convert_command(
     fmt: str | None,
-    target: str,
+    snapshot: str | None,
+    target: str | None,
     words: tuple[str, ...],
     backing: str | None,
     backing_fmt: str | None,
     existing: bool,
+    by_options: bool,
+    cache: str | None,
+    source_cache: str | None,
+    rate: str | None,
     target_is_zero: bool,
     compress: bool,
     sparse: str | None,
@@ -109,14 +174,26 @@ def convert_command(
     progress: bool,
     quiet: bool,
     force_share: bool,
-    image: str,
-    output: str,
+    image: str | None,
+    output: str | None,
 ) -> None:
     """Copy IMAGE to OUTPUT, maybe into another format. What reads as zeroes takes no room in OUTPUT."""
 
     async def work() -> int:
+        from livedisk.emulator.cli.images import ImageOptions
+        from livedisk.emulator.cli.img_help import asks_for_help, creation_help
         from livedisk.emulator.cli.img_open import LANES, Progress, check_format
 
+        made_as = target or "raw"
+        if asks_for_help(words) and made_as in ("raw", "qcow2"):
+            click.echo(creation_help(made_as, in_file=output is not None))
+            return 0
+        if image is None or output is None:
+            raise ParameterError("Must specify image file name")
+        if by_options and target is not None:
+            raise ParameterError("--target-image-opts and -O are mutually exclusive")
+        if by_options and not existing:
+            raise ParameterError("--target-image-opts requires use of -n flag")
         given = size_of("buffer size for sparse output", sparse) if sparse is not None else 4096
         if given % 512 or given > _MAX_SPARSE:
             raise ParameterError(
@@ -135,18 +212,20 @@ def convert_command(
             raise ParameterError("-o has no effect when skipping image creation")
         if skip_broken and not bitmaps:
             raise ParameterError("Use of --skip-broken-bitmaps requires --bitmaps")
-        check_format(target, "Unknown file format")
-        if target not in ("raw", "qcow2"):
-            raise BlockError(f"Format driver '{target}' does not support image creation")
-        if compress and target != "qcow2":
-            raise BlockError("Compression not supported for this file format")
-        if bitmaps and target != "qcow2":
-            raise BlockError(f"Format driver '{target}' does not support bitmaps")
+        check_format(made_as, "Unknown file format")
+        if made_as not in ("raw", "qcow2"):
+            raise BlockError(f"Format driver '{made_as}' does not support image creation")
+        if snapshot is not None and bitmaps:
+            raise ParameterError("Cannot use --bitmaps with -l: an internal snapshot has none")
         order = Order(
             image=image,
-            output=output,
+            output=ImageOptions(output) if by_options else output,
             fmt=fmt,
-            target=target,
+            target=made_as,
+            snapshot=snapshot,
+            cache=cache_mode(cache),
+            source_cache=cache_mode(source_cache, "source cache"),
+            rate=rate,
             words=words,
             backing=backing,
             backing_fmt=backing_fmt,
@@ -168,18 +247,28 @@ def convert_command(
 
 
 async def _convert(order: Order, shown: Progress) -> None:
-    from livedisk.emulator.cli.img_open import images
+    from livedisk.emulator.cli.images import ImageOptions
+    from livedisk.emulator.cli.img_open import images, rate_limit, show_snapshot
 
     async with images() as made:
-        source = await made.open(order.image, order.fmt, force_share=order.force_share)
+        limit = rate_limit(order.rate)
+        source = await made.open(order.image, order.fmt, force_share=order.force_share, cache=order.source_cache)
+        if order.snapshot is not None:
+            await show_snapshot(source.node, order.snapshot)
         found = _bitmaps_to_copy(order, source.node) if order.bitmaps else []
         backed = False
         if not order.existing:
             backed = await _create(order, source)
-        target = await made.open(order.output, order.target, writable=True)
+        by_options = isinstance(order.output, ImageOptions)
+        target = await made.open(order.output, None if by_options else order.target, writable=True, cache=order.cache)
+        kind = target.node.driver.name
+        if order.compress and kind != "qcow2":
+            raise BlockError("Compression not supported for this file format")
+        if order.bitmaps and kind != "qcow2":
+            raise BlockError(f"Format driver '{kind}' does not support bitmaps")
         if target.size < source.size:
             raise BlockError("output file is smaller than input file")
-        copying = _Copying(order, source, target, backed=backed)
+        copying = _Copying(order, made, source, target, limit, backed=backed)
         await copying.run(shown)
         for bitmap in found:
             _copy_bitmap(bitmap, target.node)
@@ -225,8 +314,19 @@ async def _create_qcow2(order: Order, size: int) -> bool:
 class _Copying:
     """One copy. ``backed``: where the source itself holds nothing, the target's backing file reads as the source's."""
 
-    def __init__(self, order: Order, source: BlockBackend, target: BlockBackend, *, backed: bool) -> None:
+    def __init__(
+        self,
+        order: Order,
+        made: Images,
+        source: BlockBackend,
+        target: BlockBackend,
+        limit: Member | None,
+        *,
+        backed: bool,
+    ) -> None:
         self._order = order
+        self._made = made
+        self._limit = limit
         self._source = source
         self._target = target
         self._backed = backed
@@ -272,7 +372,14 @@ class _Copying:
             offset += length
 
     async def _copy(self, offset: int, length: int) -> int:
+        from livedisk.emulator.block.status import block_status
+        from livedisk.emulator.block.throttle import Direction
+
         order = self._order
+        if self._limit is not None:
+            status = await block_status(self._source.node, offset, length)
+            if not status.zero or status.length < length or order.sparse == 0:
+                await self._limit.admit(Direction.WRITE, length)
         await copy_piece(
             self._source,
             self._target,
@@ -284,6 +391,7 @@ class _Copying:
             offload=order.offload,
             zeroes_as_data=order.sparse == 0,
         )
+        await self._made.settle(self._target)
         return length
 
 

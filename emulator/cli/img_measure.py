@@ -21,6 +21,7 @@ from livedisk.emulator.cli.img import (
     run_to_end,
     size_of,
 )
+from livedisk.emulator.cli.img_options import SNAPSHOT, format_option, image_name, image_options
 from livedisk.emulator.errors import BlockError, ParameterError, reason_of
 
 if TYPE_CHECKING:
@@ -41,17 +42,28 @@ class Measure:
 
 
 @img.command("measure", context_settings=SETTINGS)
-@click.option("-f", "fmt", metavar="FORMAT", help="The format of IMAGE; what its header says if not given.")
-@click.option("-O", "target", metavar="FORMAT", default="raw", show_default=True, help="The new image's format.")
+@format_option("-f", "--format", "fmt", help="The format of IMAGE; what its header says if not given.")
+@click.option(
+    "-O",
+    "--target-format",
+    "target",
+    metavar="FORMAT",
+    default="raw",
+    show_default=True,
+    help="The new image's format.",
+)
 @click.option("-o", "words", metavar="NAME=VALUE,...", multiple=True, help="Creation options of the new image.")
-@click.option("--size", "size", metavar="SIZE", help="Measure an image of that size instead of a copy of IMAGE.")
+@SNAPSHOT
+@click.option("-s", "--size", "size", metavar="SIZE", help="Measure an image of that size instead of a copy of IMAGE.")
 @click.option("-U", "--force-share", is_flag=True, help="Look although a writer has the image open.")
 @OUTPUT
-@click.argument("image", type=click.Path(), required=False)
+@image_options
+@click.argument("image", callback=image_name, required=False)
 def measure_command(
     fmt: str | None,
     target: str,
     words: tuple[str, ...],
+    snapshot: str | None,
     size: str | None,
     force_share: bool,
     output: str,
@@ -60,7 +72,7 @@ def measure_command(
     """Say how much room a copy of IMAGE, or a new image of --size bytes, takes: as it is, and with all of it allocated."""
 
     async def work() -> int:
-        from livedisk.emulator.cli.img_open import check_format, images
+        from livedisk.emulator.cli.img_open import check_format, images, show_snapshot
 
         if size is not None and image is not None:
             raise ParameterError("--size N cannot be used together with a filename.")
@@ -75,6 +87,8 @@ def measure_command(
         else:
             async with images() as made:
                 node = (await made.open(image, fmt, force_share=force_share)).node
+                if snapshot is not None:
+                    await show_snapshot(node, snapshot)
                 found = await _measure(target, words, node.size, node)
         if output == "json":
             members: dict[str, Any] = {} if found.bitmaps is None else {"bitmaps": found.bitmaps}

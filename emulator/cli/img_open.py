@@ -14,6 +14,9 @@ from livedisk.emulator.errors import BlockError, LiveDiskError, ParameterError
 if TYPE_CHECKING:
     from livedisk.emulator.block.backend import BlockBackend
     from livedisk.emulator.block.graph import Graph
+    from livedisk.emulator.block.node import Node
+    from livedisk.emulator.block.throttle import Member
+    from livedisk.emulator.cli.img_options import CacheMode
 
 LANES: Final = 8
 """Copies under way at once where nobody says how many: qemu-img's number of coroutines."""
@@ -23,26 +26,42 @@ class Images:
     """The images of one command. ``graph``: where they are open."""
 
     def __init__(self) -> None:
+        from livedisk.emulator.cli.img_options import objects
         from livedisk.emulator.daemon import Daemon
+        from livedisk.emulator.qmp.keyval import parse_option
+        from livedisk.emulator.qmp.object_commands import ObjectOptions
         from livedisk.emulator.qmp.registry import load_plugins
 
         load_plugins()
         self._daemon = Daemon()
         self.graph: Graph = self._daemon.graph
         self._backends: list[BlockBackend] = []
+        self._through: set[BlockBackend] = set()
+        for text in objects():
+            self._daemon.objects.add(parse_option(ObjectOptions, text, "qom-type"))
 
     async def open(
-        self, name: str, fmt: str | None, *, writable: bool = False, force_share: bool = False, **options: Any
+        self,
+        name: str,
+        fmt: str | None,
+        *,
+        writable: bool = False,
+        force_share: bool = False,
+        cache: CacheMode | None = None,
+        **options: Any,
     ) -> BlockBackend:
         """Open the image that ``name`` means (``images.py``); ``fmt`` None is what it looks like, "file" what it is stored in.
         ``options``: more of the format's, where it has them. Raises LiveDiskError, OSError."""
         from livedisk.emulator.block.backend import BlockBackend
+        from livedisk.emulator.block.options import CacheOptions
         from livedisk.emulator.block.permissions import Perm
         from livedisk.emulator.cli.images import image_options
 
         try:
             given = await image_options(self._daemon, name, fmt)
             more = {key: value for key, value in options.items() if hasattr(given, key)}
+            if cache is not None:
+                more["cache"] = CacheOptions(direct=cache.direct, no_flush=cache.no_flush)
             given = msgspec.structs.replace(given, read_only=not writable, force_share=force_share, **more)
             node = await self.graph.open(given)
         except LiveDiskError as error:
@@ -53,6 +72,8 @@ class Images:
             raise BlockError(f"Could not open '{name}': {error.strerror}") from None
         backend = BlockBackend(self.graph)
         self._backends.append(backend)
+        if cache is not None and cache.through:
+            self._through.add(backend)
         perm = Perm.CONSISTENT_READ | (Perm.WRITE | Perm.RESIZE if writable else Perm.NONE)
         # Who looks at the bare file of a format shares it as the format would: with nobody who writes.
         bare = fmt == "file" and not force_share
@@ -62,6 +83,16 @@ class Images:
         except BlockError as error:
             raise type(error)(f"Could not open '{name}': {error}", hint=error.hint) from None
         return backend
+
+    def write_as(self, image: BlockBackend, backend: BlockBackend) -> None:
+        """What is written to ``backend`` is held back no longer than what is written to ``image``."""
+        if image in self._through:
+            self._through.add(backend)
+
+    async def settle(self, backend: BlockBackend) -> None:
+        """Something was written: where no write is to be held back, it is on stable storage on return."""
+        if backend in self._through:
+            await backend.flush()
 
     async def close(self) -> None:
         for backend in self._backends:
@@ -101,6 +132,44 @@ def number_of(text: str) -> int:
             "and exabytes, respectively."
         )
     return size
+
+
+async def show_snapshot(node: Node, words: str) -> None:
+    """What ``-l`` says: let the image read as one of its internal snapshots kept it. ``words`` are its id or name, or
+    ``snapshot.id=...,snapshot.name=...``. Raises LiveDiskError in qemu-img's words."""
+    from livedisk.emulator.qmp.keyval import split_fields
+
+    found = list(node.driver.snapshots())
+    if words.startswith("snapshot."):
+        given = dict(field.partition("=")[::2] for field in split_fields(words))
+        for name in given:
+            if name not in ("snapshot.id", "snapshot.name"):
+                raise ParameterError(
+                    f"Invalid parameter '{name}'", hint=f"livedisk img: Failed in parsing snapshot param '{words}'"
+                )
+        wanted = {name.removeprefix("snapshot."): value for name, value in given.items()}
+        found = [one for one in found if all(one[name] == value for name, value in wanted.items())]
+    else:
+        found = [one for one in found if one["id"] == words] or [one for one in found if one["name"] == words]
+    if not found:
+        raise BlockError("Failed to load snapshot: Can't find snapshot")
+    try:
+        await node.driver.snapshot_show(found[0]["id"])
+    except OSError as error:
+        raise BlockError(f"Failed to load snapshot: {error.strerror}") from None
+
+
+def rate_limit(text: str | None) -> Member | None:
+    """What ``-r`` says, to be asked before anything is written; None: no limit. Raises ParameterError in qemu-img's words."""
+    from livedisk.emulator.block.throttle import HIGHEST, Bucket, Limit, Limits, Member, ThrottleGroup
+    from livedisk.emulator.qmp.visit import parse_size
+
+    if text is None:
+        return None
+    rate = parse_size(text)
+    if rate is None:
+        raise ParameterError(f"Invalid rate limit specified: '{text}'.")
+    return Member(ThrottleGroup("rate", Limits({Bucket.BPS_WRITE: Limit(min(rate, HIGHEST))}))) if rate else None
 
 
 class Progress:

@@ -9,6 +9,15 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from livedisk.emulator.cli.img import IMAGE, SETTINGS, img, opened, run_to_end, size_of, switch_of
+from livedisk.emulator.cli.img_options import (
+    CACHE,
+    FORMAT,
+    PROGRESS,
+    QUIET,
+    cache_mode,
+    format_option,
+    image_options,
+)
 from livedisk.emulator.errors import BlockError, ParameterError
 
 if TYPE_CHECKING:
@@ -19,20 +28,23 @@ PROGRAM = "livedisk img"
 
 
 @img.command("snapshot", context_settings=SETTINGS)
-@click.option("-l", "action", flag_value="list", help="List the snapshots.")
-@click.option("-c", "create", metavar="NAME", help="Make a snapshot.")
-@click.option("-a", "apply", metavar="SNAPSHOT", help="Make the image what it was; what was written since is lost.")
-@click.option("-d", "delete", metavar="SNAPSHOT", help="Delete a snapshot.")
-@click.option("-f", "fmt", metavar="FORMAT", default="qcow2", help="The image's format.")
-@click.option("-q", "quiet", is_flag=True, help="Print nothing but errors.")
+@click.option("-l", "--list", "action", flag_value="list", help="List the snapshots.")
+@click.option("-c", "--create", "create", metavar="NAME", help="Make a snapshot.")
+@click.option(
+    "-a", "--apply", "apply", metavar="SNAPSHOT", help="Make the image what it was; what was written since is lost."
+)
+@click.option("-d", "--delete", "delete", metavar="SNAPSHOT", help="Delete a snapshot.")
+@FORMAT
+@QUIET
 @click.option("-U", "--force-share", is_flag=True, help="List although a writer has the image open.")
+@image_options
 @IMAGE
 def snapshot_command(
     action: str | None,
     create: str | None,
     apply: str | None,
     delete: str | None,
-    fmt: str,
+    fmt: str | None,
     quiet: bool,
     force_share: bool,
     image: str,
@@ -108,11 +120,23 @@ _VERSIONS = {"0.10": 2, "v2": 2, "1.1": 3, "v3": 3}
 
 
 @img.command("amend", context_settings=SETTINGS)
-@click.option("-o", "words", metavar="NAME=VALUE,...", multiple=True, help="What is to be, as qemu-img's.")
-@click.option("-f", "fmt", metavar="FORMAT", default="qcow2", help="The image's format; only qcow2 can be amended.")
-@click.option("-q", "quiet", is_flag=True, expose_value=False, help="Print nothing but errors, as always.")
+@click.option(
+    "-o",
+    "--options",
+    "words",
+    metavar="NAME=VALUE,...",
+    multiple=True,
+    help="What is to be, as qemu-img's; help lists what there is.",
+)
+@format_option("-f", "--format", "fmt", help="The image's format; only qcow2 can be amended.")
+@CACHE
+@PROGRESS
+@QUIET
+@image_options
 @IMAGE
-def amend_command(words: tuple[str, ...], fmt: str, image: str) -> None:
+def amend_command(
+    words: tuple[str, ...], fmt: str | None, cache: str | None, progress: bool, quiet: bool, image: str
+) -> None:
     """Change properties of the qcow2 image IMAGE.
 
     \b
@@ -121,24 +145,35 @@ def amend_command(words: tuple[str, ...], fmt: str, image: str) -> None:
     if not words:
         click.echo(f"{PROGRAM}: Must specify options (-o)", err=True)
         sys.exit(1)
-    if fmt != "qcow2":
+    if fmt not in (None, "qcow2"):
         click.echo(f"{PROGRAM}: Format driver '{fmt}' does not support option amendment", err=True)
         sys.exit(1)
 
     async def work() -> int:
+        from livedisk.emulator.cli.img_help import amend_help, asks_for_help
+        from livedisk.emulator.cli.img_open import Progress
+
+        if asks_for_help(words):
+            click.echo(amend_help("qcow2"))
+            return 0
+        mode = cache_mode(cache)
         wanted = _amendments(words)
-        async with opened(image, fmt, writable=True) as node:
+        shown = Progress(progress and not quiet)
+        async with opened(image, fmt, writable=True, cache=mode) as node:
+            if node.driver.name != "qcow2":
+                raise BlockError(f"Format driver '{node.driver.name}' does not support option amendment")
             await _check(node, wanted)
             driver: Any = node.driver
             await _before_width(driver, wanted)
         if "refcount_bits" in wanted:
             from livedisk.emulator.drivers.qcow2.repair import change_refcount_width
 
-            async with opened(image, "file", writable=True) as file:
+            async with opened(image, "file", writable=True, cache=mode) as file:
                 await change_refcount_width(file, wanted["refcount_bits"])
-        async with opened(image, fmt, writable=True) as node:
+        async with opened(image, fmt, writable=True, cache=mode) as node:
             driver = node.driver
             await _after_width(node, driver, wanted)
+        shown.end()
         return 0
 
     run_to_end(work)

@@ -380,6 +380,13 @@ class Qcow2(Driver):
         self._check_usable()
         await snapshot_change.delete(self.image, self._snapshot(id))
 
+    async def snapshot_show(self, id: str) -> None:
+        from livedisk.emulator.drivers.qcow2 import snapshot_change
+
+        assert self.node.read_only
+        await snapshot_change.show(self.image, self._snapshot(id))
+        self.node.graph.resized(self.node)
+
     async def snapshot_apply(self, id: str) -> None:
         from livedisk.emulator.drivers.qcow2 import snapshot_change
 

@@ -123,6 +123,18 @@ async def apply(image: Image, wanted: Snapshot) -> None:
         await _put_copied_flags(image)
 
 
+async def show(image: Image, wanted: Snapshot) -> None:
+    """Read as the disk was; nothing is written. Raises OSError."""
+    size = image.size if wanted.disk_size is None else wanted.disk_size
+    l1, needed = await _l1_of(image, wanted), image.geometry.l1_entries(size)
+    if len(l1) < needed:
+        raise _refused(errno.EINVAL)
+    image.tables.slices.clear()
+    image.tables.adopt(l1, wanted.l1_table_offset)
+    image.size = size
+    image.node.mapping_changed()
+
+
 # -- before and after ------------------------------------------------------------------------------------------------------
 @asynccontextmanager
 async def settled(image: Image) -> AsyncIterator[None]:

@@ -10,6 +10,7 @@ import re
 import shlex
 import shutil
 import subprocess
+import time
 from pathlib import Path
 from typing import Any, Final
 
@@ -28,6 +29,62 @@ MEANT: Final = (
 )
 
 SCRIPTS: Final[dict[str, str]] = {
+    "images by their options": """
+info --image-opts driver=qcow2,file.filename=a.qcow2
+info --image-opts file.filename=a.qcow2
+info --object secret,id=s,data=x -b c.qcow2
+check --image-opts driver=qcow2,file.filename=a.qcow2
+map --image-opts --output json driver=qcow2,file.filename=c.qcow2
+map --image-opts driver=raw,offset=64k,size=128k,file.filename=r.raw
+compare --image-opts driver=qcow2,file.filename=a.qcow2 driver=qcow2,file.filename=copy.qcow2
+convert --image-opts driver=raw,offset=512k,size=1M,file.filename=r.raw part.raw
+convert --target-image-opts a.qcow2 driver=raw,file.filename=r.raw
+convert -n --target-image-opts a.qcow2 driver=raw,file.driver=file,file.filename=r.raw
+compare -F raw a.qcow2 r.raw
+resize --image-opts driver=qcow2,file.filename=a.qcow2 8M
+rebase --image-opts -b a.qcow2 -F qcow2 driver=qcow2,file.filename=c.qcow2
+compare c.qcow2 was.qcow2
+snapshot --image-opts -c one driver=qcow2,file.filename=a.qcow2
+bitmap --image-opts --add -g 64k driver=qcow2,file.filename=a.qcow2 b
+""",
+    "an internal snapshot as the source": """
+snapshot -c one a.qcow2
+commit b.qcow2
+convert -l one a.qcow2 o.raw
+compare -F raw copy.qcow2 o.raw
+convert -l 1 -O qcow2 -c a.qcow2 o.qcow2
+compare copy.qcow2 o.qcow2
+convert -l snapshot.name=one -n -O raw a.qcow2 o.raw
+compare -F raw copy.qcow2 o.raw
+convert -l snapshot.id=7 a.qcow2 o.raw
+convert -l snapshot.zz=7 a.qcow2 o.raw
+convert -l zz a.qcow2 o.raw
+measure -O qcow2 -l one a.qcow2
+measure -O qcow2 -l zz a.qcow2
+""",
+    "long names, caches and rates": """
+create --quiet --format raw n.raw 1M
+create --format qcow2 --options cluster_size=4k --backing a.qcow2 --backing-format qcow2 n.qcow2
+convert --source-format qcow2 --output-format raw --source-cache none -t none a.qcow2 o.raw
+convert -t directsync --oob-writes --parallel 4 --rate 1G a.qcow2 o.raw
+compare --strict --b-format qcow2 --cache none a.qcow2 copy.qcow2
+convert -T zz a.qcow2 o.raw
+convert -r zz a.qcow2 o.raw
+check --cache zz a.qcow2
+check --quiet --cache none a.qcow2
+check -q --output json a.qcow2
+compare -T zz a.qcow2 a.qcow2
+amend --cache zz -o lazy_refcounts=on a.qcow2
+amend -p --cache writethrough -o lazy_refcounts=on a.qcow2
+rebase -t zz -u -b '' c.qcow2
+rebase -T zz -u -b '' c.qcow2
+rebase -t writethrough --backing-cache none --force-share --backing '' c.qcow2
+compare c.qcow2 was.qcow2
+commit --cache zz b.qcow2
+commit --cache none --rate 1G --drop b.qcow2
+snapshot --list a.qcow2
+map --format qcow2 --start-offset 1M --max-length 64k a.qcow2
+""",
     "compare": """
 compare a.qcow2 copy.qcow2
 compare a.qcow2 b.qcow2
@@ -175,6 +232,58 @@ convert -f raw -O qcow2 odd.raw o21.qcow2
 convert -O qcow2 -o compression_type=zstd -c a.qcow2 o22.qcow2
 """,
 }
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "create -f qcow2 -o help x",
+        "create -f raw -o help x",
+        "create -f raw -o ?",
+        "create -o cluster_size=4k,help -f qcow2",
+        "convert -O qcow2 -o help",
+        "amend -o help a.qcow2",
+        "amend -f raw -o help r.raw",
+    ],
+)
+def test_options_are_listed_as_by_qemu_img_but_for_those_that_are_not_there(line: str, tmp_path: Path) -> None:
+    prepare(tmp_path / "folder")
+    theirs = play([peer("qemu-img")], line, tmp_path / "folder").splitlines()
+    wanted = [one for one in theirs if not re.match(r"  (encrypt|extent_size_hint)", one)]
+    assert play([executable(), "img"], line, tmp_path / "folder").splitlines() == wanted
+
+
+def test_an_option_that_is_wrong_leaves_the_output_as_it_was(tmp_path: Path) -> None:
+    """qemu-img reads -t after it has made the output anew."""
+    prepare(tmp_path / "folder")
+    before = (tmp_path / "folder" / "odd.raw").read_bytes()
+    assert "Invalid cache option: zz" in play(
+        [executable(), "img"], "convert -t zz a.qcow2 odd.raw", tmp_path / "folder"
+    )
+    assert (tmp_path / "folder" / "odd.raw").read_bytes() == before
+
+
+def test_an_internal_snapshot_has_the_size_that_it_was_taken_with(tmp_path: Path) -> None:
+    """qemu-img gives it that of the image now: what the image was cut by since would be missing."""
+    path = create(tmp_path / "a.qcow2", "4M")
+    qemu_io(path, "write -P 7 3M 1M")
+    qemu_img("snapshot", "-c", "one", path)
+    for size in ("1M", "9M"):
+        qemu_img("resize", "--shrink", path, size)
+        play([executable(), "img"], "convert -l one a.qcow2 o.raw", tmp_path)
+        assert (tmp_path / "o.raw").read_bytes() == bytes(3 << 20) + b"\7" * (1 << 20)
+
+
+def test_a_rate_holds_back_what_is_written_and_not_what_need_not_be(tmp_path: Path) -> None:
+    prepare(tmp_path / "folder")
+    took = []
+    for name in ("r.raw", "empty.raw"):
+        with open(tmp_path / "folder" / name, "ab") as file:
+            file.truncate(64 << 20)
+        started = time.monotonic()
+        play([executable(), "img"], f"convert -f raw -r 500k {name} o.raw", tmp_path / "folder")
+        took.append(time.monotonic() - started)
+    assert took[0] > took[1] + 2
 
 
 def prepare(folder: Path) -> None:
