@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import functools
+import os
+import random
 from pathlib import Path
 
 import pytest
 
-from kit.fault_matrix import FAULTS, HEAD, POLICIES, Fault, row, run_cell
+from kit.fault_matrix import COMMANDS, FAULTS, FURTHER, HEAD, POLICIES, Fault, row, run_cell
 from kit.livedisk import Daemon
 from kit.qemu import StorageDaemon
 
@@ -48,3 +50,25 @@ MEANT = [
 @pytest.mark.parametrize("fault", [fault for fault in FAULTS if fault not in MEANT], ids=lambda fault: fault.title)
 def test_qemu_comes_to_the_same(fault: Fault) -> None:
     assert row(fault, [run_cell(StorageDaemon, fault, policy) for policy in POLICIES]) in documented()
+
+
+SEED = int(os.environ.get("SOAK_SEED", "1"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("job", COMMANDS)
+def test_a_few_further_faults_lose_nothing(job: str) -> None:
+    chance = random.Random(SEED)
+    for fault in chance.sample([fault for fault in FURTHER if fault.job == job], 4):
+        policy = chance.choice(("report", "stop"))
+        assert not run_cell(Daemon, fault, policy).lost(fault), (fault, policy)
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("job", COMMANDS)
+def test_further_faults_lose_nothing(job: str) -> None:
+    for fault in FURTHER:
+        if fault.job == job:
+            for policy in ("report", "stop", "ignore"):
+                assert not run_cell(Daemon, fault, policy).lost(fault), (fault, policy)

@@ -30,13 +30,16 @@ MIB = 1 << 20
 POLICIES = ("report", "ignore", "stop", "enospc", "auto")
 _LATE = {"event": "flush_to_disk", "state": 1, "new_state": 2}
 """The first flush of a target comes when the job is ready."""
+_WRITTEN = {"event": "write_aio", "state": 1, "new_state": 2}
+"""And so does the guest's first write to the source, if the fault is to come then."""
 
 
 @dataclass(frozen=True)
 class Fault:
     """One failing request: which ``job``, which of its nodes (``side``), what fails (``what``), at which ``step``.
 
-    ``event``: blkdebug's, at which the error is armed; ``late``: only after the target was flushed once.
+    ``event``: blkdebug's, at which the error is armed; ``late``: only when the job is ready; ``turn``: the first
+    time that it happens, the second, ...; ``qcow2``: base and target are qcow2 images, not raw ones.
     """
 
     job: str
@@ -45,7 +48,9 @@ class Fault:
     step: str
     event: str
     number: int = errno.EIO
+    turn: int = 1
     late: bool = False
+    qcow2: bool = False
 
     @property
     def title(self) -> str:
@@ -57,9 +62,12 @@ class Fault:
         if image != IMAGES[self.job][self.side]:
             return {}
         rule = {"event": self.event, "iotype": self.what, "errno": self.number, "once": True}
-        if self.late:
-            return {"inject-error": [{**rule, "state": 2}], "set-state": [_LATE]}
-        return {"inject-error": [rule]}
+        first = 2 if self.late else 1
+        last = first + self.turn - 1
+        steps = [{"event": self.event, "state": state, "new_state": state + 1} for state in range(first, last)]
+        late = _WRITTEN if self.side == "source" else _LATE
+        states = [*([late] if self.late else []), *steps]
+        return {"inject-error": [{**rule, "state": last}], **({"set-state": states} if states else {})}
 
 
 IMAGES = {
@@ -107,6 +115,8 @@ def _faults() -> Iterator[Fault]:
             yield Fault(job, side, "flush", "before it is ready", "flush_to_disk", number)
         for number in (errno.EIO, space):
             yield Fault(job, side, "write", "when it is ready", "write_aio", number, late=True)
+        if job != "mirror, write-blocking":  # that reads no more from its source
+            yield Fault(job, "source", "read", "when it is ready", "read_aio", late=True)
         yield Fault(job, side, "flush", "when it completes", "flush_to_disk", late=True)
     yield Fault("backup", "source", "read", "while it copies", "read_aio")
     for number in (errno.EIO, space):
@@ -120,11 +130,38 @@ def _faults() -> Iterator[Fault]:
 
 FAULTS = list(_faults())
 
+METADATA = (
+    ("l2_load", "read"), ("l2_update", "write"), ("l1_update", "write"), ("refblock_load", "read"),
+    ("refblock_update_part", "write"), ("refblock_alloc_write_blocks", "write"), ("refblock_alloc_hookup", "write"),
+    ("cluster_free", "write"), ("cow_read", "read"), ("cow_write", "write"), ("flush_to_os", "write"),
+    ("flush_to_disk", "flush"), ("pwritev_zero", "write"),
+)  # fmt: skip
+"""Events of a qcow2 image, and what fails then."""
+
+
+def _further() -> Iterator[Fault]:
+    for job, images in IMAGES.items():
+        step = "before a guest's write" if job == "backup, sync none" else "while it copies"
+        for side in images:
+            events = [("read_aio", "read")] if side == "source" else [("write_aio", "write"), *METADATA]
+            for event, what in events:
+                for number in (errno.EIO, errno.ENOSPC) if what == "write" else (errno.EIO,):
+                    for turn in (1, 2, 3):
+                        yield Fault(job, side, what, step, event, number, turn, qcow2=True)
+                    if event in ("read_aio", "write_aio"):
+                        yield Fault(job, side, what, step, event, number, 2)
+
+
+FURTHER = list(_further())
+"""Later ones than the first, and those of metadata. Which request fails is the format's business, so that there is no row of
+the table for it: what is held is that nothing is lost, and that a second attempt succeeds."""
+
 
 @dataclass
 class Seen:
     """What a cell came to. ``errors``: operation and action of each BLOCK_JOB_ERROR; ``held``: status and io-status in which the
-    job stood still; ``end``: the last event, its error; ``reason``: query-jobs' error of the concluded job."""
+    job stood still; ``end``: the last event, its error; ``reason``: query-jobs' error of the concluded job; ``again``: what a
+    second attempt came to, if the first failed."""
 
     errors: list[tuple[str, str]] = field(default_factory=list)
     held: list[tuple[str, str]] = field(default_factory=list)
@@ -133,6 +170,13 @@ class Seen:
     reason: str = ""
     guest: str = "goes on"
     data: str = ""
+    again: Seen | None = None
+
+    def lost(self, fault: Fault) -> str:
+        """What was lost, or did not work; "" if nothing. An error of an image that the guest itself writes to may be met by the
+        guest."""
+        excused = fault.side in ("target", "base", "overlay") and self.guest.startswith("gets error")
+        return "" if self.data == "whole" and (self.guest == "goes on" or excused) else f"{self.guest}, {self.data}"
 
     def cell(self) -> str:
         """In a few words."""
@@ -147,20 +191,22 @@ class Cell:
     def __init__(self, kind: type[StorageDaemon], fault: Fault, policy: str, folder: Path) -> None:
         self.fault, self.policy, self.folder = fault, policy, folder
         self.model = bytearray(b"b" * MIB)
+        self.model_at_start = self._at_start()
         self.seen = Seen()
+        self._failed = False
         self._kind = kind
         self._guest: RawClient
 
     # -- setting up --------------------------------------------------------------------------------------------------
     def _make_images(self) -> None:
-        for image in _template().iterdir():
+        for image in _template(qcow2=self.fault.qcow2).iterdir():
             shutil.copy(image, self.folder / image.name)
         self.model[: 256 << 10] = b"m" * (128 << 10) + b"t" * (128 << 10)
 
     def _options(self) -> list[str]:
         nodes = []
         for name in ("base", "mid", "top", "target"):
-            node: dict[str, Any] = {"node-name": name, "driver": "raw" if name in ("base", "target") else "qcow2"}
+            node: dict[str, Any] = {"node-name": name, "driver": self._format(name)}
             file = {"driver": "file", "filename": str(self.folder / name)}
             node["file"] = {"driver": "blkdebug", "image": file, **self.fault.rules(name)}
             if name in ("mid", "top"):
@@ -172,16 +218,30 @@ class Cell:
             nodes += ["--blockdev", json.dumps(node)]
         return [*nodes, "--export", "nbd,id=e,node-name=top,name=d,writable=on"]
 
+    def _format(self, name: str) -> str:
+        return "raw" if name in ("base", "target") and not self.fault.qcow2 else "qcow2"
+
     # -- the guest ---------------------------------------------------------------------------------------------------
     def _guest_acts(self, letter: bytes, offset: int) -> None:
         """Write, read back, read what came from below."""
-        data = letter * 4096
-        self._ask(request(WRITE, offset, 4096, payload=data))
-        self.model[offset : offset + 4096] = data
+        self._guest_writes(letter, offset)
         for where in (offset, 0, 900 << 10):
             found = self._ask(request(READ, where, 4096), 4096)
             if found != self.model[where : where + 4096] and self.seen.guest == "goes on":
                 self.seen.guest = "reads something else"
+
+    def _guest_writes(self, letter: bytes, offset: int) -> None:
+        data = letter * 4096
+        if not self._write(offset, data):
+            assert self._write(offset, data), "the error comes back"
+        self.model[offset : offset + 4096] = data
+
+    def _write(self, offset: int, data: bytes) -> bool:
+        self._guest.send(request(WRITE, offset, len(data), payload=data))
+        _, error, _, _ = self._guest.reply(0)[0]
+        if error and self.seen.guest == "goes on":
+            self.seen.guest = f"gets error {os.strerror(error)}"
+        return not error
 
     def _ask(self, what: bytes, length: int = 0) -> bytes:
         self._guest.send(what)
@@ -205,6 +265,8 @@ class Cell:
             self._follow(qmp)
             self._guest_acts(b"Z", 700 << 10)
             self._ask(request(FLUSH))
+            if self.seen.reason:
+                self._try_again(qmp)
             daemon.stop(expect=None)
         self._look_at_images()
         return self.seen
@@ -217,6 +279,20 @@ class Cell:
             policies = {"on-error": self.policy}
         qmp.call(name, {"job-id": "j", "auto-dismiss": False, **arguments, **policies})
 
+    def _try_again(self, qmp: Qmp) -> None:
+        """The failure is over and nothing of it is left that would keep a new job from its end."""
+        qmp.events.clear()
+        first, self.seen, self._failed = self.seen, Seen(), True
+        self.model_at_start = bytes(self.model)
+        self._start(qmp)
+        if self.fault.job == "backup, sync none":
+            self._guest_acts(b"N", 200 << 10)
+            self._try(qmp, "block-job-cancel", device="j")
+        self._follow(qmp)
+        self._guest_acts(b"Y", 40 << 10)
+        again, self.seen = self.seen, first
+        self.seen.again = again
+
     def _follow(self, qmp: Qmp) -> None:
         completing = False
         while True:
@@ -226,9 +302,12 @@ class Cell:
                 self.seen.errors.append((data["operation"], data["action"]))
             elif name == "BLOCK_JOB_READY":
                 self.seen.ready = True
-                if self.fault.step == "when it is ready":
+                if self.fault.step == "when it is ready" and not self._failed:
                     # Through the filter and not in what is copied already: it gets dirty, or is mirrored at once.
-                    self._guest_acts(b"R", 600 << 10)
+                    if self.fault.side == "source":
+                        self._guest_writes(b"R", 600 << 10)  # the read that fails is to be the job's
+                    else:
+                        self._guest_acts(b"R", 600 << 10)
                     self._wait_for_error(qmp)
                 completing = True
                 if not self.seen.errors or self.seen.errors[-1][1] != "stop" or self.seen.held:
@@ -272,20 +351,23 @@ class Cell:
     # -- afterwards --------------------------------------------------------------------------------------------------
     def _look_at_images(self) -> None:
         """The guest's data is whole in the chain that the headers name, or (after a pivot) in the image it went to."""
-        job, failed = self.fault.job, bool(self.seen.reason)
-        for name in ("mid", "top"):
-            check(self.folder / name, leaks=True)
+        last = self.seen.again or self.seen
+        job, failed = self.fault.job, bool(last.reason)
+        for name in ("base", "mid", "top", "target"):
+            if self._format(name) == "qcow2":
+                check(self.folder / name, leaks=True)
         home = "top"
         if not failed and job == "active commit":
             home = "base"
         elif not failed and job.startswith("mirror"):
             home = "target"
-        raw = home in ("base", "target")
-        found = read_all(self.folder / home, self.folder, "-f", "raw" if raw else "qcow2")
+        found = read_all(self.folder / home, self.folder, "-f", self._format(home))
         self.seen.data = "whole" if found == self.model else "LOST"
         if job == "backup" and not failed:
-            copy = (self.folder / "target").read_bytes()
-            self.seen.data += "" if copy == bytes(self._at_start()) else ", NOT the moment it started"
+            copy = read_all(self.folder / "target", self.folder, "-f", self._format("target"))
+            self.seen.data += "" if copy == self.model_at_start else ", NOT the moment it started"
+        if self.seen.again is not None and (failed or self.seen.again.guest != "goes on"):
+            self.seen.data += f", a second attempt failed: {last.reason or last.guest}"
 
     def _at_start(self) -> bytes:
         start = bytearray(b"b" * MIB)
@@ -295,13 +377,18 @@ class Cell:
 
 
 @functools.cache
-def _template() -> Path:
-    """A folder with fresh images, which name each other without a path."""
+def _template(*, qcow2: bool) -> Path:
+    """A folder with fresh images, which name each other without a path. The refcount blocks of qcow2 ones are small."""
     folder = Path(tempfile.mkdtemp(prefix="ldf"))
     atexit.register(shutil.rmtree, folder)
-    (folder / "base").write_bytes(b"b" * MIB)
-    (folder / "target").write_bytes(bytes(MIB))
-    for name, below, form in (("mid", "base", "raw"), ("top", "mid", "qcow2")):
+    if qcow2:
+        create(folder / "base", MIB, options="cluster_size=4k")
+        create(folder / "target", MIB, options="cluster_size=4k")
+        qemu_io(folder / "base", f"write -q -P {ord('b')} 0 1M")
+    else:
+        (folder / "base").write_bytes(b"b" * MIB)
+        (folder / "target").write_bytes(bytes(MIB))
+    for name, below, form in (("mid", "base", "qcow2" if qcow2 else "raw"), ("top", "mid", "qcow2")):
         create(folder / name, MIB, options=f"backing_file={below},backing_fmt={form}")
     qemu_io(folder / "mid", f"write -q -P {ord('m')} 0 128k")
     qemu_io(folder / "top", f"write -q -P {ord('t')} 128k 128k")
