@@ -247,10 +247,11 @@ class Tables:
         return Run(state, length, host, allocated and entry >= COPIED, entry)
 
     def has_host(self, entry: int) -> bool:
-        """Whether a host cluster (not compressed data) stands behind an entry. In a data file, offset 0 is one too."""
+        """Whether a host cluster (not compressed data) stands behind an entry. In a data file, offset 0 is one too, but not for a
+        zero cluster: `state` says so as well (QEMU: qcow2_get_cluster_type)."""
         if entry & COMPRESSED:
             return False
-        return bool(entry & OFFSET_MASK) or (entry >= COPIED and self.storage.has_data_file)
+        return bool(entry & OFFSET_MASK) or (entry >= COPIED and not entry & ZERO and self.storage.has_data_file)
 
     def damage(self, offset: int) -> Damage:
         """What is wrong with the entry of a guest offset that `lookup` called INVALID."""

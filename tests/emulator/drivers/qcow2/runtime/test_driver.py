@@ -313,3 +313,32 @@ def test_zeroes_take_no_room_in_a_version_2_image_without_a_backing_file(tmp_pat
                 await disk.backend.write_zeroes(0, CLUSTER, ZeroFlags.NO_FALLBACK)
 
     asyncio.run(over_a_backing_file())
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("variant", ["data file", "raw data file", "data file with subclusters"])
+def test_the_first_cluster_of_a_data_file_is_written_zeroed_and_written_again(variant: str, tmp_path: Path) -> None:
+    """Its host offset is 0, which elsewhere means that there is none: a write to it, zeroed but kept, never came to an end."""
+    images: list[Path] = []
+    for name in ("ours", "theirs"):
+        folder = tmp_path / name
+        folder.mkdir()
+        images.append(create(folder / "image", MIB, options=VARIANTS[variant].format(folder=folder)))
+    ours, theirs = images
+
+    async def use() -> None:
+        async with opened(ours) as disk:
+            await disk.write(0, b"\1" * 2 * CLUSTER)
+            await disk.backend.write_zeroes(0, 2 * CLUSTER, ZeroFlags.NONE)
+            await disk.write(512, b"\2" * CLUSTER)
+            await disk.backend.write_zeroes(0, CLUSTER, ZeroFlags.MAY_UNMAP)
+            await disk.write(1024, b"\3" * 512)
+
+    asyncio.run(use())
+    qemu_io(
+        theirs, "write -P 1 0 128k", "write -z 0 128k", "write -P 2 512 64k", "write -zu 0 64k", "write -P 3 1024 512"
+    )
+    for path in (ours, theirs):
+        check(path)
+    assert_same(ours, theirs)
+    assert measure_map(ours) == measure_map(theirs)
