@@ -30,6 +30,7 @@ from livedisk.emulator.block.permissions import Perm
 from livedisk.emulator.block.slow_drain import told_if_slow
 from livedisk.emulator.device.policy import Action, OnError, action_for, settled
 from livedisk.emulator.errors import BlockError
+from livedisk.jobs.chains import links, with_filters
 from livedisk.jobs.events import (
     BlockJobCancelled,
     BlockJobCompleted,
@@ -116,6 +117,15 @@ class BlockJob(Job):
         node.blockers.append(blocker)
         self._blocked.append((node, blocker))
         return backend
+
+    def hold_between(self, top: Node, base: Node, shared: Perm) -> None:
+        """Take all below ``top`` and above ``base`` as "intermediate node". Filters on the base show what the base shows: others
+        may rely on that. Raises PermissionConflict or LockError."""
+        lowest = with_filters(base, top)
+        for edge in links(top, base)[:-1]:
+            if edge.node is lowest:
+                shared |= Perm.CONSISTENT_READ
+            self.hold(edge.node, "intermediate node", Perm.NONE, shared)
 
     def freeze(self, edges: Iterable[Edge]) -> None:
         """Let nobody replace these edges. Raises BlockError, in QEMU's words, if one is frozen already."""
@@ -232,3 +242,8 @@ class BlockJob(Job):
     async def change(self, options: object) -> None:
         """block-job-change. Raises BlockError if this kind has nothing to change."""
         raise BlockError("Job type does not support change")
+
+
+def may_grow(base: Node, top: Node) -> Perm:
+    """What a commit of ``top`` needs, besides, of a base that is too small for it. A filter on the base does not share it."""
+    return Perm.RESIZE if base.size < top.size else Perm.NONE

@@ -28,6 +28,11 @@ def links(top: Node, bottom: Node) -> list[Edge]:
     return edges
 
 
+def with_filters(base: Node, top: Node) -> Node:
+    """The highest node of ``top``'s chain that shows what ``base`` shows: the last filter on it, or ``base`` itself."""
+    return next(layer for layer in chain(top) if skip_filters(layer) is skip_filters(base))
+
+
 def find_backing(top: Node, name: str) -> Node | None:
     """The image below ``top`` that ``name`` means: as the image above it records it, or as a path (QEMU's
     bdrv_find_backing_image)."""

@@ -35,8 +35,8 @@ from livedisk.emulator.qmp.filenames import filename
 from livedisk.emulator.qmp.lookup import find_node
 from livedisk.emulator.qmp.qapi import UNSET, QapiStruct, UnsetType
 from livedisk.emulator.qmp.registry import command
-from livedisk.jobs.block_job import BlockJob, JobBackend
-from livedisk.jobs.chains import chain, find_backing, links, overlays
+from livedisk.jobs.block_job import BlockJob, JobBackend, may_grow
+from livedisk.jobs.chains import chain, find_backing, links, overlays, with_filters
 from livedisk.jobs.commands import jobs_of
 from livedisk.jobs.copy import copy_range, lanes_into
 from livedisk.jobs.filters import insert_filter, remove_filter, skip_filters
@@ -74,6 +74,7 @@ class CommitJob(BlockJob):
         super().__init__(graph, id, auto_finalize=options.auto_finalize, auto_dismiss=options.auto_dismiss)
         self._top = top
         self._base = base
+        self._below = with_filters(base, top)
         self._options = options
         self._was_read_only = base.read_only
         self._filter: Node | None = None
@@ -94,14 +95,11 @@ class CommitJob(BlockJob):
             self.freeze([*links(self._filter, self._base), *self._overlays()])
             shared = Perm.WRITE_UNCHANGED | Perm.WRITE
             self._reader = self.hold(self._top, "intermediate node", Perm.NONE, shared)
-            for layer in chain(self._top)[1:]:
-                if layer is self._base:
-                    break
-                self.hold(layer, "intermediate node", Perm.NONE, shared)
+            self.hold_between(self._top, self._base, shared)
             self._writer = self.hold(
                 self._base,
                 "base",
-                Perm.CONSISTENT_READ | Perm.WRITE | Perm.RESIZE,
+                Perm.CONSISTENT_READ | Perm.WRITE | may_grow(self._base, self._top),
                 Perm.CONSISTENT_READ | Perm.WRITE_UNCHANGED,
             )
         except BaseException:
@@ -128,7 +126,7 @@ class CommitJob(BlockJob):
 
     async def _look(self, offset: int, length: int) -> tuple[int, bool]:
         """The length of the run at ``offset``, and whether a layer above the base holds it."""
-        depth, run = await allocation_depth(self._top, offset, length, self._base)
+        depth, run = await allocation_depth(self._top, offset, length, self._below)
         return run, depth > 0
 
     async def _copy(self, offset: int, length: int) -> None:

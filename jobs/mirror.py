@@ -47,8 +47,8 @@ from livedisk.emulator.device.policy import Action, OnError
 from livedisk.emulator.drivers.job_filters import MirrorTop
 from livedisk.emulator.errors import BlockError
 from livedisk.emulator.qmp.context import Context
-from livedisk.jobs.block_job import BlockJob, JobBackend
-from livedisk.jobs.chains import chain, links
+from livedisk.jobs.block_job import BlockJob, JobBackend, may_grow
+from livedisk.jobs.chains import chain, links, with_filters
 from livedisk.jobs.commands import BlockJobChangeOptionsMirror, MirrorCopyMode, jobs_of
 from livedisk.jobs.copy import LANES, OPERATION, PIECE, STEP, ZERO_STEP, CopyFailed, Lanes, Side, Turns, copy_range
 from livedisk.jobs.dirty import DirtyMap
@@ -552,7 +552,7 @@ class ActiveCommit(MirrorJob):
         """Set the job up and start it. Raises BlockError, PermissionConflict, LockError or OSError."""
         plan = Plan(
             id=options.job_id if isinstance(options.job_id, str) else None,
-            base=base,
+            base=with_filters(base, top),
             granularity=default_granularity(base),
             speed=options.speed,
             on_source_error=options.on_error,
@@ -573,11 +573,9 @@ class ActiveCommit(MirrorJob):
     def _hold_target(self) -> None:
         shared = Perm.CONSISTENT_READ | Perm.WRITE_UNCHANGED | Perm.WRITE
         self.freeze(links(self._source, self._target))
-        for layer in chain(self._source)[1:]:
-            if layer is self._target:
-                break
-            self.hold(layer, "intermediate node", Perm.NONE, shared)
-        self._writer = self.hold(self._target, "target", Perm.CONSISTENT_READ | Perm.WRITE | Perm.RESIZE, shared)
+        self.hold_between(self._source, self._target, shared)
+        perm = Perm.CONSISTENT_READ | Perm.WRITE | may_grow(self._target, self._source)
+        self._writer = self.hold(self._target, "target", perm, shared)
 
     async def _check_sizes(self) -> None:
         if self._target.size < self._source.size:
