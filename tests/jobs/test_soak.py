@@ -124,7 +124,8 @@ class Disk:
         """Options of the node of an image."""
         backing: Any = below
         if below is not None and self.store == "filtered":
-            kind = self.chance.choice(("throttle", "copy-on-read", "compress"))
+            kinds = ("throttle", "copy-on-read", "compress")
+            kind = self.chance.choice(kinds[: 2 if below in self.raw or "data_file" in self.layout else 3])
             backing = {"driver": kind, "file": below, "read-only": True}
             backing |= {"throttle-group": "limits"} if kind == "throttle" else {}
         node = {"driver": self.format(name), "node-name": name, "file": self._stored(name), "discard": "unmap", **more}
@@ -239,7 +240,8 @@ class Soak(Clients):
     async def grow(self) -> None:
         disk = self.disk
         more = disk.sectors + 8 * self.chance.randrange(1, 128)
-        if more <= MOST_SECTORS and disk.store != "quorum":
+        # A quorum cannot be resized, nor a base of a commit under a filter.
+        if more <= MOST_SECTORS and disk.store not in ("quorum", "filtered"):
             await self.command("block_resize", node_name=disk.chain[-1], size=more * SECTOR)
             disk.history.grow(more)
             disk.sectors = self.sectors = more
