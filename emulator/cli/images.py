@@ -104,8 +104,9 @@ async def _described(daemon: Daemon, text: ImageOptions) -> BlockdevOptions:
     """What ``--image-opts`` gave. As for qemu-img, a ``file`` without a driver is a file of the host, and an image without one
     is of the format that its ``file`` looks like. Raises LiveDiskError, OSError."""
     from livedisk.emulator.block.options import BlockdevOptions
+    from livedisk.emulator.device.drive_options import typed
     from livedisk.emulator.qmp.keyval import HelpRequested, parse_text
-    from livedisk.emulator.qmp.visit import visit
+    from livedisk.emulator.qmp.visit import KEYVAL, visit
 
     try:
         values, syntax = parse_text(text)
@@ -117,7 +118,7 @@ async def _described(daemon: Daemon, text: ImageOptions) -> BlockdevOptions:
         if "driver" not in values:
             storage = visit(BlockdevOptions, below, syntax)
             values["driver"] = await _look(daemon.graph, storage, getattr(storage, "filename", text))
-    return visit(BlockdevOptions, values, syntax)
+    return typed(values) if syntax is KEYVAL else visit(BlockdevOptions, values, syntax)
 
 
 async def _look(graph: Graph, storage: BlockdevOptions, name: str) -> str:

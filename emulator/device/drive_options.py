@@ -217,7 +217,7 @@ async def _node(graph: Graph, given: _Given, warn: Callable[[str], None]) -> Blo
     if filename is not None and filename.startswith("json:"):
         return await _from_json(graph, filename, fmt, rest, warn)
     if filename is None:
-        return _typed({"driver": fmt or await _guess_described(graph, rest, KEYVAL, warn), **rest})
+        return typed({"driver": fmt or await _guess_described(graph, rest, KEYVAL, warn), **rest})
     below = rest.pop("file", {})
     file = _file(graph, filename, below, aio)
     if fmt is None:
@@ -226,7 +226,7 @@ async def _node(graph: Graph, given: _Given, warn: Callable[[str], None]) -> Blo
         return msgspec.structs.replace(file, **_generic(rest))
     if not DRIVERS[fmt].is_format:
         raise BlockError(f"Block format '{fmt}' does not support the option 'file'")
-    return msgspec.structs.replace(_typed({"driver": fmt, **rest, "file": "-"}), file=file)
+    return msgspec.structs.replace(typed({"driver": fmt, **rest, "file": "-"}), file=file)
 
 
 def _describes_more(values: Iterable[str]) -> bool:
@@ -234,14 +234,16 @@ def _describes_more(values: Iterable[str]) -> bool:
     return any(not name.startswith(("cache.", "discard", "read-only", "auto-read-only")) for name in values)
 
 
-def _typed(options: dict[str, Any]) -> BlockdevOptions:
+def typed(options: dict[str, Any]) -> BlockdevOptions:
+    """Options of a node as strings, of `-drive` or ``--image-opts``: sizes may have suffixes. Raises BlockError, ParameterError
+    in QEMU's words."""
     try:
         return visit(BlockdevOptions, options, KEYVAL)
     except ParameterError as error:
         number = re.fullmatch(r"Parameter '([^']*)' expects integer", str(error))
         sized = _sized(options, number[1].split(".")) if number is not None else None
         if sized is not None:
-            return _typed(sized)  # here every number may have a suffix
+            return typed(sized)  # here every number may have a suffix
         unknown = re.fullmatch(r"Parameter '([^']*)' is unexpected", str(error))
         if unknown is not None:
             raise BlockError(
@@ -302,7 +304,7 @@ def _file(graph: Graph, filename: str, below: Any, aio: str | None) -> BlockdevO
     if "filename" not in type(file).__struct_fields__:
         names = ", ".join(f"file.{name}" for name in more)
         raise BlockError(f"'{filename}' says all of its node; {names} cannot be added to it")
-    return _typed({"driver": file.driver, "filename": file.filename, **more})  # type: ignore[attr-defined]
+    return typed({"driver": file.driver, "filename": file.filename, **more})  # type: ignore[attr-defined]
 
 
 async def _guess_described(graph: Graph, options: dict[str, Any], syntax: Syntax, warn: Callable[[str], None]) -> str:
