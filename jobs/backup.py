@@ -50,7 +50,18 @@ from livedisk.emulator.errors import BlockError
 from livedisk.emulator.qmp.context import Context
 from livedisk.jobs.block_job import BlockJob
 from livedisk.jobs.commands import jobs_of
-from livedisk.jobs.copy import OPERATION, PIECE, STEP, ZERO_STEP, CopyFailed, Lanes, Side, Turns, lanes_into
+from livedisk.jobs.copy import (
+    LANES,
+    OPERATION,
+    PIECE,
+    STEP,
+    ZERO_STEP,
+    CopyFailed,
+    EarlyWriteback,
+    Lanes,
+    Side,
+    Turns,
+)
 from livedisk.jobs.filters import open_filter, put_on, remove_filter, skip_filters, under
 from livedisk.jobs.mirror import Sync
 from livedisk.jobs.states import JobType, Status
@@ -59,8 +70,9 @@ log = logging.getLogger(__name__)
 
 LIMITED_STEP: Final = 1 << 20
 """Bytes a piece under a speed limit (QEMU's BLOCK_COPY_MAX_BUFFER)."""
-AHEAD: Final = 512 << 10
-"""Bytes from a guest's write on that are copied at once with its own cluster: half a millisecond's work at most."""
+AHEAD: Final = PIECE
+"""Bytes from a guest's write on that are copied at once with its own cluster: about a millisecond's work. What guests' writes
+would take one by one out of the job's pieces costs both many times as much."""
 RETRY_AFTER: Final = 0.1
 """Seconds before a copy that failed, and whose error is ignored, is tried again."""
 
@@ -108,7 +120,8 @@ class BackupJob(BlockJob):
         self._source = source
         self._target = target
         self._plan = plan
-        self._lanes = Lanes(min(lanes_into(target), plan.max_workers), plan.max_workers)
+        self._writeback = EarlyWriteback(target)
+        self._lanes = Lanes(min(LANES, plan.max_workers), plan.max_workers)
         self._turns = Turns()
         self._filter: Node | None = None
         self._frozen_bitmap: DirtyBitmap | None = None
@@ -212,6 +225,7 @@ class BackupJob(BlockJob):
     # -- the filter tells ----------------------------------------------------------------------------------------------
     def copied(self, length: int) -> None:
         self.done += length
+        self._writeback.copied(length)
 
     def broke(self, error: OSError) -> None:
         self.wake()

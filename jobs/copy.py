@@ -17,6 +17,7 @@ from typing import Final
 
 from livedisk.emulator.block import copy as block_copy
 from livedisk.emulator.block.copy import PIECE, STEP, ZERO_STEP, CopyFailed, Side
+from livedisk.emulator.block.extents import begin_writeback
 from livedisk.emulator.block.node import Node
 from livedisk.emulator.block.permissions import Role
 from livedisk.emulator.block.types import ZeroFlags
@@ -26,9 +27,12 @@ from livedisk.jobs.events import IoOperation
 
 LANES: Final = 8
 """Copies under way at once."""
-OFFLOADED: Final = 3
+OFFLOADED: Final = 4
 """Copies under way at once where the kernel moves the bytes, one after the other: one is moved, one begins to be written to the
-disk, one is prepared. More would only keep guests off ranges for longer."""
+disk, others wait for their turn, so that there is work while guests keep the event loop. More would take the processor from
+guests whose writes allocate."""
+WRITEBACK: Final = 16 << 20
+"""Bytes copied after which the disk is to begin with them."""
 TURN_NS: Final = 500_000
 """Nanoseconds of copies made at once before guests get a turn: as long as theirs (`nbd/poller.py`)."""
 LONG_TURN_NS: Final = 2_000_000
@@ -49,15 +53,40 @@ async def copy_range(
         await block_copy.copy_range(source.root, target.root, offset, length, flags=flags, leave_zeroes=leave_zeroes)
 
 
-def lanes_into(target: Node) -> int:
-    """How many copies into ``target`` may be under way."""
+def _store_of(target: Node) -> FileDriver | None:
+    """The file that the kernel may copy into, below ``target``; None where it may not."""
     node = target
     while not isinstance(node.driver, FileDriver):
         store = next((edge.node for edge in node.children.values() if edge.role & (Role.FILTERED | Role.DATA)), None)
         if store is None or not node.driver.copies_in:
-            return LANES
+            return None
         node = store
-    return OFFLOADED
+    return node.driver
+
+
+def lanes_into(target: Node) -> int:
+    """How many copies into ``target`` may be under way."""
+    return LANES if _store_of(target) is None else OFFLOADED
+
+
+class EarlyWriteback:
+    """Has the disk begin with what was copied into ``target``, whichever way, so that the flush at the job's end finds less to
+    do. What the kernel copies has begun already (`extents.py`)."""
+
+    def __init__(self, target: Node) -> None:
+        self._target = target
+        self._copied = 0
+        self._under_way: asyncio.Future[None] | None = None
+
+    def copied(self, length: int) -> None:
+        """So many bytes were."""
+        self._copied += length
+        if self._copied < WRITEBACK or (self._under_way is not None and not self._under_way.done()):
+            return
+        self._copied = 0
+        store = _store_of(self._target)
+        if store is not None and store.host.alignment == 1 and not store.node.cache_no_flush:
+            self._under_way = begin_writeback(store.host)
 
 
 class Turns:

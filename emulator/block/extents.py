@@ -11,6 +11,7 @@ own, so that one copy follows the other without the event loop, which may be bus
 
 from __future__ import annotations
 
+import asyncio
 import mmap
 import os
 from collections.abc import Awaitable, Callable, Iterator, Sequence
@@ -142,6 +143,11 @@ async def copy_extents(extents: Extents, target: HostFile, offset: int, *, flush
     """Write ``extents`` into ``target`` at ``offset`` (bytes). ``flushed``: somebody will flush the target, so that the disk may
     begin with it while the next extents are copied. Raises OSError; SourceUnreadable where they cannot be read."""
     await run_in(_copiers, _copy_in_turn, extents, target, offset, flushed)
+
+
+def begin_writeback(target: HostFile) -> asyncio.Future[None]:
+    """Let the disk begin with all that the page cache holds of ``target``, which somebody will flush."""
+    return asyncio.get_running_loop().run_in_executor(_copiers, start_writeback, target.fd, 0, 0)
 
 
 def _copy_in_turn(extents: Extents, target: HostFile, offset: int, flushed: bool) -> None:
