@@ -16,6 +16,7 @@ images below stay as they are.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from typing import Final
 
@@ -41,6 +42,8 @@ from livedisk.jobs.copy import lanes_into
 from livedisk.jobs.filters import insert_filter, remove_filter, skip_filters, under
 from livedisk.jobs.states import JobType, Status
 from livedisk.jobs.sweep import Sweep
+
+log = logging.getLogger(__name__)
 
 _SHARED: Final = Perm.CONSISTENT_READ | Perm.WRITE_UNCHANGED
 
@@ -109,6 +112,11 @@ class StreamJob(BlockJob):
                 if layer is self._base:
                     break
                 self.hold(layer, "intermediate node", Perm.NONE, _SHARED)
+            if self._image is not self._lowest and self._image.driver.snapshots():
+                log.warning(
+                    "node '%s' has internal snapshots: what they show of the images that it leaves is lost, as with QEMU",
+                    self._image.name,
+                )
         except BaseException:
             if self.status is Status.CREATED:
                 self.fail_early()

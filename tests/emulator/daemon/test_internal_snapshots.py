@@ -111,3 +111,20 @@ def test_a_snapshot_taken_while_a_guest_writes_is_one_moment(short_path: Path) -
         qemu_img("snapshot", "-a", f"s{number}", path)
         qemu_io(path, f"read -P {number} 0 64M")
     check(path)
+
+
+@pytest.mark.parametrize("snapshots", [0, 1])
+def test_a_stream_warns_where_snapshots_lose_what_is_below_them(snapshots: int, short_path: Path) -> None:
+    base = create(short_path / "base.qcow2", 1 << 20)
+    over = create(short_path / "over.qcow2", 1 << 20, backing=base)
+    for number in range(snapshots):
+        qemu_img("snapshot", "-c", f"s{number}", over)
+    options = ["--blockdev", f"qcow2,node-name=over,file.driver=file,file.filename={over}"]
+    with Daemon(short_path, *options) as daemon, daemon.qmp() as qmp:
+        qmp.execute("block-stream", device="over", job_id="j")
+        qmp.wait_event("BLOCK_JOB_COMPLETED")
+        daemon.stop(expect=0)
+    warning = (
+        "warning: node 'over' has internal snapshots: what they show of the images that it leaves is lost, as with QEMU"
+    )
+    assert daemon.output().count(warning) == snapshots
