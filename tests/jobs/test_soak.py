@@ -361,6 +361,10 @@ class Soak(Clients):
         self.doing = f"{asked.command} {asked.arguments} then {asked.end}"
         before = [*self.disk.chain]
         options = {"job-id": "j", "auto-dismiss": False, **asked.arguments}
+        if asked.command in ("block-stream", "block-commit"):
+            # What an internal snapshot leaves to the backing files is soon not there any more, or another, also after a kill
+            # half-way; as in QEMU.
+            self.disk.kept = {key: look for key, look in self.disk.kept.items() if key[0] == before[0]}
         if self.chance.random() < 0.3:
             options["speed"] = self.chance.choice((1 << 20, 4 << 20, 64 << 20))
         moment = await self._during(self.command(asked.command, **options)) if asked.at_start else None
@@ -380,9 +384,6 @@ class Soak(Clients):
             if moment is not None and asked.target:
                 await self._check_copy(asked.target, moment)
         self.disk.tops = []
-        if asked.command in ("block-stream", "block-commit"):
-            # What an internal snapshot left to the backing files is not there any more, or another; as in QEMU.
-            self.disk.kept = {key: look for key, look in self.disk.kept.items() if key[0] == before[0]}
         await self._look_at_chain(asked, before)
 
     async def _during(self, doing: Awaitable[Any]) -> Look:
