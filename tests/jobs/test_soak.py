@@ -36,6 +36,7 @@ from kit.qemu import info, qemu_img, read_all
 from kit.qmp import Qmp, QmpError
 from kit.sector_history import SECTOR, Impossible, Look, SectorHistory
 from kit.soak_disks import drawn_mirror, repair
+from kit.soak_operators import hurry
 
 SECTORS: Final = 8192
 SIZE: Final = SECTORS * SECTOR
@@ -409,7 +410,7 @@ class Soak(Clients):
                 await self.command("block-job-cancel", device="j")
                 continue
             if steps > FULL_SPEED_AFTER:
-                await self._hurry(asked)
+                await hurry(self.command, "j", mirrors=asked.command.endswith("mirror"))
                 continue
             if self.chance.random() < 0.3:
                 await self._interfere(asked)
@@ -445,15 +446,6 @@ class Soak(Clients):
             self.count(f"{step} refused")
         else:
             self.count(step)
-
-    async def _hurry(self, asked: Asked) -> None:
-        """Nothing may hold it up any more; a mirror that does not catch up is helped as documented."""
-        try:
-            await self.command("block-job-set-speed", device="j", speed=0)
-            if asked.command.endswith("mirror"):
-                await self.command("block-job-change", id="j", type="mirror", copy_mode="write-blocking")
-        except QmpError:
-            pass  # it is over
 
     async def _end(self, asked: Asked) -> None:
         end, asked.end = asked.end, ""

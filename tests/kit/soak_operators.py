@@ -466,7 +466,7 @@ class Operator:
             asked.endless = False
             await self._cancel(asked, group, "block-job-cancel", device=asked.id)
         elif steps > 60:
-            await self._hurry(asked)
+            await hurry(self.command, asked.id, mirrors=asked.command.endswith("mirror"))
         elif self.chance.random() < 0.3:
             await self._interfere(asked, group)
 
@@ -521,15 +521,6 @@ class Operator:
             self.count(f"{step} refused")
         else:
             self.count(step)
-
-    async def _hurry(self, asked: Asked) -> None:
-        """Nothing may hold it up any more; a mirror that does not catch up is helped as documented."""
-        try:
-            await self.command("block-job-set-speed", device=asked.id, speed=0)
-            if asked.command.endswith("mirror"):
-                await self.command("block-job-change", id=asked.id, type="mirror", copy_mode="write-blocking")
-        except QmpError:
-            pass  # it is over
 
     async def _end(self, asked: Asked) -> None:
         end, asked.end = asked.end, ""
@@ -645,6 +636,17 @@ class Operator:
             opened.insert(0, names[at])
         assert opened == line.chain, f"the chain of nodes is {opened}, not {line.chain}"
         self.count("chain checked")
+
+
+async def hurry(command: Callable[..., Awaitable[Any]], id: str, *, mirrors: bool) -> None:
+    """Nothing may hold the job up any more; a mirror that does not catch up is helped as documented. It may be over by now."""
+    try:
+        await command("block-job-set-speed", device=id, speed=0)
+        if mirrors:
+            await command("block-job-change", id=id, type="mirror", copy_mode="write-blocking")
+    except QmpError as error:
+        if not any(words in str(error) for words in ("cannot accept command verb", "not found")):
+            raise
 
 
 async def during(line: Line, doing: Awaitable[Any]) -> Look:
